@@ -1,0 +1,128 @@
+"""Are a site's images fit to join? Reads every one, counts, names what is wrong; nothing leaves the machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.cases import SPLITS, Sample, SiteData
+from shared.config import Job, load_job, nearest
+from shared.errors import SiteRefusal, UserError
+from shared.imaging.dataset import crop
+from shared.imaging.errors import CODES, UnreadableImage
+from shared.imaging.read import is_image_name, read_image
+from shared.sitefile import FORMATS, read_site
+from shared.tasks import load_task
+
+
+@dataclass
+class Report:
+    """What the check found; ``refused`` holds the reason if the site is not fit."""
+
+    where: str
+    read: int = 0
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    refused: str = ""
+    labels: bool = False
+
+    @property
+    def fit(self) -> bool:
+        """Whether the site may join."""
+        return not self.refused
+
+    def lines(self) -> Iterator[str]:
+        """The report as a data manager reads it."""
+        yield f"{self.where}: {self.read + len(self.unreadable)} images looked at, {self.read} can be read"
+        for path, code in self.unreadable:
+            yield f"  cannot be read: {path}: {CODES[code]} ({code})"
+        for split, counter in self.counts.items():
+            listed = ", ".join(f"{name} {number}" for name, number in counter.items())
+            yield f"  {split}: {sum(counter.values())} images ({listed})"
+        if not self.labels and not self.refused:
+            yield "  labels were not looked at; add --job JOB.toml to check them"
+        yield f"REFUSED: {self.refused}" if self.refused else "FIT to join"
+
+
+def check_site(file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None) -> Report:
+    """Check the site of a site.toml, or the images below a folder.
+
+    Raises:
+        UserError: neither or both are given, or a file is wrong.
+    """
+    if (file is None) == (data is None):
+        raise UserError("name a site.toml, or a folder with --data FOLDER")
+    if form not in (*FORMATS, "dicom"):
+        raise UserError(f"--format {form}: must be one of {', '.join(FORMATS)}, dicom{nearest(form, [*FORMATS, 'dicom'])}")
+    if limit is not None and not 0 <= limit <= 1:
+        raise UserError(f"--limit {limit}: must be from 0 to 1, for example 0.05 for 5 %")
+    site = read_site(file) if file else SiteData("check", Path(data or "."), form)
+    if not site.root.is_dir():
+        raise UserError(f"{site.root}: no such folder")
+    report = Report(str(file or data))
+    job = load_job(job_file) if job_file else None
+    if job and form != "dicom":
+        _labelled(report, site, job)
+    else:
+        paths = sorted(path for path in site.root.rglob("*") if path.is_file())
+        names = [path.relative_to(site.root).as_posix() for path in paths if form == "dicom" or is_image_name(path)]
+        _read_all(report, site, [Sample(name, (), "", "") for name in names], only_dicom=form == "dicom")
+    _judge(report, site.max_unreadable if limit is None else limit)
+    return report
+
+
+def _labelled(report: Report, site: SiteData, job: Job) -> None:
+    report.labels = True
+    try:
+        samples: list[Sample] = load_task(job.task).read_samples(site, job)
+    except SiteRefusal as refusal:
+        report.refused = str(refusal)
+        return
+    good = _read_all(report, site, samples)
+    for split in SPLITS:
+        counter = Counter({name: 0 for name in job.classes})
+        counter.update(job.classes[k] for sample in good if sample.split == split for k in sample.target)
+        report.counts[split] = counter
+    if not any(report.counts["train"].values()):
+        report.refused = "no image is in the training split"
+
+
+def _read_all(report: Report, site: SiteData, samples: list[Sample], only_dicom: bool = False) -> list[Sample]:
+    """Decode every sample into ``report``; gives the readable ones."""
+    good = []
+    for sample in samples:
+        try:
+            _read(site.root / sample.path, sample, only_dicom)
+        except UnreadableImage as error:
+            report.unreadable.append((sample.path, error.code))
+        else:
+            report.read += 1
+            good.append(sample)
+    return good
+
+
+def _read(path: Path, sample: Sample, only_dicom: bool) -> None:
+    if only_dicom:
+        from shared.imaging.dicom import read_dicom
+
+        read_dicom(path, sample.frame)
+        return
+    image = read_image(path, sample.frame, key=sample.key or None)
+    if sample.box:
+        crop(image, sample.box)
+
+
+def _judge(report: Report, limit: float) -> None:
+    total = report.read + len(report.unreadable)
+    if report.refused:
+        return
+    if not total:
+        report.refused = "no image was found here"
+    elif len(report.unreadable) > limit * total:
+        share = len(report.unreadable) / total
+        report.refused = (
+            f"{len(report.unreadable)} of {total} images ({share:.0%}) cannot be read, the limit is {limit:.0%}; "
+            "mend or remove them, or raise [limits] max_unreadable in site.toml"
+        )

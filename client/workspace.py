@@ -1,0 +1,138 @@
+"""A site at work: its decoded images, its model, its optimiser's moments between rounds, its log.
+
+What is costly is kept in this process for the next message: the opened data sets and the built network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.config import Job, Scalar
+from shared.errors import SiteRefusal
+from shared.sitefile import read_site
+from shared.imaging.dataset import Dataset, concatenate
+from shared.tasks import load_task
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What one message works on."""
+
+    name: str
+    home: Path
+    data: Dataset
+
+
+def write_log(home: Path, text: str) -> None:
+    """Append a line to the site's own log, which never leaves the site."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "site.log").open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {text}\n")
+
+
+def find_sites(node: dict[str, Scalar], run: dict[str, Scalar]) -> tuple[str, Path, list[Path]]:
+    """Name, home and site.toml files of a node, from what the engine or the hospital configured.
+
+    ``site`` in the node's config names the site.toml (several, joined by ``os.pathsep``, are pooled). Flower's own
+    simulation engine gives nodes only a number: then the run's ``run.sites`` folder holds one site.toml per number.
+    """
+    if "site" in node:
+        files = [Path(part) for part in str(node["site"]).split(os.pathsep)]
+    elif run.get("run.sites"):
+        files = sorted(Path(str(run["run.sites"])).glob("*/site.toml"))
+        number = int(node["partition-id"])
+        if number >= len(files):
+            raise SiteRefusal("no-site", f"{run['run.sites']} holds {len(files)} sites, this is number {number + 1}")
+        files = [files[number]]
+    else:
+        raise SiteRefusal("no-site", 'no site file: start the node with --node-config \'site="/path/to/site.toml"\'')
+    home = Path(str(node["home"])) if "home" in node else files[0].parent
+    name = str(node.get("name", "")) or read_site(files[0]).name
+    return name, home, files
+
+
+def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) -> Workspace:
+    """The node's workspace, decoding its images if that was not done before.
+
+    Raises:
+        SiteRefusal: the site cannot take part; says why.
+        UserError: the site's file is wrong.
+    """
+    name, home, files = find_sites(node, run)
+    stamps = tuple((str(file), file.stat().st_mtime_ns if file.exists() else 0) for file in files)
+    return Workspace(name, home, _open_data(stamps, str(home), job))
+
+
+@lru_cache(maxsize=64)
+def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> Dataset:
+    task = load_task(job.task)
+    parts = []
+    for file, _ in files:
+        site = read_site(Path(file), Path(home))
+        data = task.load(task.read_samples(site, job), site, job)
+        for skip in data.skipped:
+            write_log(Path(home), f"left out, cannot be read: {skip.path} ({skip.code})")
+        parts.append(data)
+    return concatenate(parts)
+
+
+@lru_cache(maxsize=2)
+def open_model(job: Job) -> nn.Module:
+    """The job's network; every message first puts the weights it was sent into it."""
+    model: nn.Module = load_task(job.task).build_model(job)
+    return model
+
+
+class Moments:
+    """The optimiser's moments between rounds, in the site's own folder, the last two rounds kept.
+
+    A round that is repeated after a crash reads those of the round before it, so it repeats exactly.
+    """
+
+    def __init__(self, home: Path, run_id: int) -> None:
+        self.folder = home / "state" / str(run_id)
+
+    def _rounds(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("*.pt"))
+
+    def forget(self, after: int) -> None:
+        """Drop all of rounds later than ``after``; 0 starts afresh."""
+        if after == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for number in self._rounds():
+            if number > after:
+                (self.folder / f"{number}.pt").unlink(missing_ok=True)
+
+    def load(self, round_: int) -> dict[str, Any] | None:
+        """The moments as they were before round ``round_``."""
+        earlier = [number for number in self._rounds() if number < round_]
+        if not earlier:
+            return None
+        state: dict[str, Any] = torch.load(self.folder / f"{earlier[-1]}.pt", weights_only=True)
+        return state
+
+    def save(self, round_: int, state: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".writing")
+        os.close(handle)
+        torch.save(state, name)
+        os.replace(name, self.folder / f"{round_}.pt")
+        for number in self._rounds()[:-2]:
+            (self.folder / f"{number}.pt").unlink(missing_ok=True)
+
+
+def split_counts(data: Dataset, splits: Sequence[str]) -> dict[str, int]:
+    """Images per split."""
+    return {split: sum(sample.split == split for sample in data.samples) for split in splits}
+

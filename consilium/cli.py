@@ -1,0 +1,152 @@
+"""The command ``consilium``. Every command is a few lines over a function; torch is imported only where one trains."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from shared import __version__
+from shared.errors import UserError
+
+SETTING = {"context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 100}}
+
+
+def main() -> None:
+    """Entry point: a person's mistake is one line and exit code 2, a failed run exit code 1, Ctrl-C 130."""
+    try:
+        commands(standalone_mode=False)
+    except UserError as error:
+        click.echo(f"consilium: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("consilium: stopped", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "RunFailed":
+            raise
+        click.echo(f"consilium: the run failed: {error}", err=True)
+        sys.exit(1)
+
+
+@click.group(**SETTING)
+@click.version_option(__version__, prog_name="consilium")
+def commands() -> None:
+    """Federated learning for medical imaging: hospitals train one model together, no image leaves any of them.
+
+    \b
+    Researcher, to play many hospitals on one machine:
+      consilium cohort make demo/cohort
+      consilium simulate JOB.toml --data demo/cohort --baselines
+    \b
+    Hospital data manager, to see whether the images are fit to join:
+      consilium site check --data FOLDER
+
+    A job is a TOML file; `consilium job --keys` explains every setting.
+    """
+
+
+@commands.command()
+@click.argument("job", type=Path)
+@click.option("--data", type=Path, required=True, help="Folder of the sites' images; see docs/researcher.md for layouts.")
+@click.option("--out", type=Path, help="Folder for everything the run writes.  [default: runs/NAME]")
+@click.option("--baselines", is_flag=True, help="Also train each site alone and all pooled, with the same gradient steps.")
+@click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
+@click.option("--seed", type=int, help="Shorthand for --set seed=N.")
+@click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the job; repeatable.")
+def simulate(
+    job: Path,
+    data: Path,
+    out: Path | None,
+    baselines: bool,
+    workers: int | None,
+    seed: int | None,
+    heldout: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Train JOB on this machine, every site played by a worker process; ends with a table and a report.
+
+    The result is the same whatever the number of workers: same job, same data, same seed, same model to the bit.
+    """
+    from shared.config import load_job
+
+    loaded = load_job(job, [*settings, *([f"seed={seed}"] if seed is not None else [])])
+    from consilium.notebook import run
+    from consilium.tables import print_result
+
+    result = run(loaded, data, out, workers=workers, baselines=baselines, heldout=heldout)
+    print_result(result)
+
+
+@commands.command()
+@click.argument("job", type=Path, required=False)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@click.option("--keys", is_flag=True, help="Explain every setting with its default and allowed values.")
+def job(job: Path | None, settings: tuple[str, ...], keys: bool) -> None:
+    """Print JOB resolved, every setting with its value, and the hash that stands in every result of it."""
+    from shared.config import Job, job_from_flat, knobs, load_job, parse_override
+
+    if keys:
+        for key, item in knobs().items():
+            meta = item.metadata
+            allowed = f" ({' | '.join(meta['choices'])})" if meta["choices"] else ""
+            click.echo(f"{key} = {item.default!r}{allowed}\n    {meta['help']}")
+        return
+    loaded = load_job(job, settings) if job else job_from_flat(Job().flat() | dict(map(parse_override, settings)))
+    click.echo(loaded.toml().rstrip())
+    click.echo(f"\n# sha256 {loaded.sha256}")
+
+
+@commands.group()
+def cohort() -> None:
+    """Invented hospitals with real DICOM files, to try things on."""
+
+
+@cohort.command("make")
+@click.argument("directory", type=Path)
+@click.option("--sites", type=click.IntRange(1, 1000), default=3, show_default=True)
+@click.option("--patients", type=click.IntRange(1), default=60, show_default=True, help="Patients per site.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def cohort_make(directory: Path, sites: int, patients: int, seed: int) -> None:
+    """Write chest radiographs of phantoms: DICOM files of several hospitals whose scanners differ.
+
+    Same arguments, same files to the byte; a cohort that is already there is left as it is.
+    """
+    from simulations.cohorts.chest import make
+
+    try:
+        folders = make(directory, sites=sites, patients=patients, seed=seed)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    for folder in folders:
+        images = len(list((folder / "images").iterdir()))
+        click.echo(f"{folder}: {images} images of {patients} patients")
+
+
+@commands.group()
+def site() -> None:
+    """For the hospital: check the images and labels before joining."""
+
+
+@site.command("check")
+@click.argument("file", type=Path, required=False)
+@click.option("--data", type=Path, help="A folder of images, where there is no site.toml yet.")
+@click.option("--format", "form", default="auto", show_default=True, help="auto, csv, folder, npz, coco-crops; dicom: any DICOM file below the folder, labels not needed.")
+@click.option("--job", "job_file", type=Path, help="Check labels against this job's classes.")
+@click.option("--limit", type=float, help="Largest share of unreadable files that is still fit.  [default: site.toml's, or 0.05]")
+def site_check(file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None) -> None:
+    """Read every image of a site and say whether it is fit to join: nothing is sent anywhere.
+
+    FILE is a site.toml. Exit code 0: fit. Exit code 1: refused, and why. Exit code 2: the question was wrong.
+    """
+    from client.check import check_site
+
+    report = check_site(file, data, form, job_file, limit)
+    for line in report.lines():
+        click.echo(line)
+    sys.exit(0 if report.fit else 1)

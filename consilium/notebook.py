@@ -1,0 +1,26 @@
+"""``run`` with the progress display, for notebooks and scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from consilium.progress import showing
+from shared.config import Job, load_job
+from simulations import simulate
+from simulations.result import Result
+
+
+def run(
+    job: Job | str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    baselines: bool = False,
+    heldout: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """Simulate ``job`` on the sites in ``data`` and show progress; see ``simulations.simulate.run``."""
+    job = job if isinstance(job, Job) else load_job(job)
+    with showing(job, progress) as observe:
+        return simulate.run(job, data, out, workers=workers, baselines=baselines, heldout=heldout, observe=observe)

@@ -1,0 +1,115 @@
+"""What a person sees while a run is on: bars on a terminal or in a notebook, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from shared.config import Job
+
+Observer = Callable[[str, dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def showing(job: Job, wanted: bool = True, console: Console | None = None) -> Iterator[Observer | None]:
+    """An observer for ``simulations.simulate.run`` that shows its events; None if not wanted."""
+    console = console or Console()
+    if not wanted:
+        yield None
+    elif console.is_terminal or console.is_jupyter:
+        with _bars(job, console) as observer:
+            yield observer
+    else:
+        yield _Lines(job, console)
+
+
+class _Facts:
+    """The last known figures of each run, from its events."""
+
+    def __init__(self, job: Job) -> None:
+        self.metric = job.evaluation.best_metric
+        self.steps: dict[str, int] = {}
+        self.score: dict[str, str] = {}
+
+    def hear(self, name: str, event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            self.steps[name] = self.steps.get(name, 0) + sum(item["steps"] for item in event["trained"])
+        elif event["event"] == "evaluation":
+            row = event["metrics"][self.metric]
+            if row["n"]:
+                where = "test " if event["split"] == "test" else ""
+                self.score[name] = f"{where}{self.metric} {row['value']:.3f}"
+
+    def describe(self, name: str) -> str:
+        return f"{self.steps.get(name, 0):>5} steps  {self.score.get(name, '')}"
+
+
+@contextlib.contextmanager
+def _bars(job: Job, console: Console) -> Iterator[Observer]:
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    facts, lock, bars = _Facts(job), threading.Lock(), {}
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+
+        def observe(name: str, event: dict[str, Any]) -> None:
+            with lock:
+                if name not in bars:
+                    bars[name] = progress.add_task(_label(name), total=job.federation.rounds, facts="reading images")
+                facts.hear(name, event)
+                done = event["round"] if event["event"] == "round" else None
+                progress.update(bars[name], completed=done, facts=facts.describe(name))
+                for line in _remarks(name, event):
+                    progress.console.print(line, style="yellow", highlight=False)
+
+        yield observe
+
+
+class _Lines:
+    """One line per validation, at most one a second per run, and every remark."""
+
+    def __init__(self, job: Job, console: Console) -> None:
+        self.console, self.rounds, self.facts = console, job.federation.rounds, _Facts(job)
+        self.said: dict[str, float] = {}
+        self.lock = threading.Lock()
+
+    def __call__(self, name: str, event: dict[str, Any]) -> None:
+        with self.lock:
+            self.facts.hear(name, event)
+            for line in _remarks(name, event):
+                self._print(line)
+            last = event.get("round") == self.rounds or event.get("split") == "test"
+            if event["event"] == "evaluation" and (last or time.monotonic() - self.said.get(name, 0.0) > 1):
+                self.said[name] = time.monotonic()
+                self._print(f"{_label(name)}: round {event['round']}/{self.rounds} {self.facts.describe(name).strip()}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _label(name: str) -> str:
+    return name if name in ("federated", "pooled") else f"only {name}"
+
+
+def _remarks(name: str, event: dict[str, Any]) -> Iterator[str]:
+    """What a person should know at once: who is there, who was dropped and why, warnings."""
+    if event["event"] == "survey" and name == "federated":
+        for site in event["sites"]:
+            skipped = f", {site['skipped']} unreadable" if site["skipped"] else ""
+            images = site["images"]
+            yield f"{site['name']}: {images['train']} training, {images['val']} validation, {images['test']} test images{skipped}"
+    for item in event.get("dropped", []):
+        yield f"{_label(name)}: {event['event']} {event.get('round', 0)}: {item['site']} not used: {item['reason']}"
+    if event["event"] == "warning":
+        yield f"{_label(name)}: {event['text']}"

@@ -1,0 +1,139 @@
+"""Which replies may enter the aggregate: a reply that is not in order is dropped with a fixed word for why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from torch import Tensor
+
+from shared.config import Job
+from shared.tasks import Sums
+
+_FAILURES = {
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "site-error",
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "app-did-not-load",
+    ErrorCode.NODE_UNAVAILABLE: "site-gone",
+    ErrorCode.CLIENT_APP_CRASHED: "site-crashed",
+    ErrorCode.MESSAGE_UNAVAILABLE: "no-reply",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no-reply",
+}
+
+
+class Dropped(Exception):
+    """A reply that is not used; ``str`` is the reason, one of the fixed words of docs/coordinator.md."""
+
+
+class Update(NamedTuple):
+    """A reply in order: its weight in the mean, its arrays, and the site's numbers."""
+
+    weight: float
+    arrays: dict[str, Tensor]
+    steps: int
+    images: int
+    loss: float
+
+
+def status(reply: Message | None) -> Mapping[str, object]:
+    """The status record of a reply that has content and comes from a site that did the work.
+
+    Raises:
+        Dropped: there is no reply, or it carries an error. The error's text is never used: it may hold patient data.
+    """
+    if reply is None:
+        raise Dropped("no-reply")
+    if reply.has_error():
+        raise Dropped(_FAILURES.get(reply.error.code, "site-error"))
+    record = reply.content.config_records.get("status", {})
+    if record and not record.get("ok"):
+        raise Dropped(f"site-declined: {_word(record.get('code'))}")
+    return record
+
+
+def _word(code: object) -> str:
+    """A code as a site may send it, cut to what a code can be, so that no text can ride on it."""
+    text = str(code)[:40]
+    return text if text and all(c.isascii() and (c.isalnum() or c == "-") for c in text) else "unnamed"
+
+
+def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surveyed: int) -> Update:
+    """Check a training reply against the global model it answers.
+
+    ``surveyed`` is the number of training images the site named before the first round; it may not claim more later.
+
+    Raises:
+        Dropped: with the reason.
+    """
+    status(reply)
+    assert reply is not None
+    content = reply.content
+    if set(content.array_records) != {"arrays"} or set(content.metric_records) != {"metrics"}:
+        raise Dropped("wrong-records")
+    metrics = content["metrics"]
+    examples = metrics.get("num-examples")
+    if not isinstance(examples, (int, float)) or not math.isfinite(examples):
+        raise Dropped("bad-weight")
+    if not 0 < examples <= min(surveyed, job.federation.max_examples):
+        raise Dropped("bad-weight")
+    arrays = _arrays(content["arrays"], reference)
+    if job.federation.max_update_norm:
+        change = math.sqrt(sum((arrays[k].double() - reference[k].double()).square().sum().item() for k in arrays))
+        if change > job.federation.max_update_norm:
+            raise Dropped("too-far")
+    weight = float(examples) if job.federation.weighting == "examples" else 1.0
+    return Update(weight, arrays, _count(metrics, "steps"), _count(metrics, "images"), _number(metrics, "loss"))
+
+
+def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if list(record) != list(reference):
+        raise Dropped("wrong-names")
+    arrays: dict[str, Tensor] = {}
+    for name, expected in reference.items():
+        try:
+            array = torch.from_numpy(record[name].numpy())  # type: ignore[attr-defined]
+        except Exception:
+            raise Dropped("undecodable") from None
+        if array.shape != expected.shape:
+            raise Dropped("wrong-shape")
+        if array.dtype != expected.dtype:
+            raise Dropped("wrong-dtype")
+        if array.is_floating_point() and not torch.isfinite(array).all():
+            raise Dropped("not-finite")
+        arrays[name] = array
+    return arrays
+
+
+def _count(metrics: Mapping[str, object], key: str) -> int:
+    value = metrics.get(key, 0)
+    return value if isinstance(value, int) and 0 <= value < 2**53 else 0
+
+
+def _number(metrics: Mapping[str, object], key: str) -> float:
+    value = metrics.get(key, math.nan)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def admit_sums(reply: Message | None, template: Sums) -> Sums:
+    """Check an evaluation reply: the keys and lengths of ``template``, and nothing negative or infinite.
+
+    Raises:
+        Dropped: with the reason.
+    """
+    status(reply)
+    assert reply is not None
+    if set(reply.content.metric_records) != {"metrics"}:
+        raise Dropped("wrong-records")
+    sums: Sums = dict(reply.content["metrics"])  # type: ignore[arg-type]
+    if set(sums) != set(template):
+        raise Dropped("wrong-names")
+    for key, expected in template.items():
+        values = sums[key] if isinstance(sums[key], list) else [sums[key]]
+        if isinstance(sums[key], list) != isinstance(expected, list) or (isinstance(expected, list) and len(values) != len(expected)):  # type: ignore[arg-type]
+            raise Dropped("wrong-shape")
+        if not all(math.isfinite(value) and value >= 0 for value in values):  # type: ignore[union-attr]
+            raise Dropped("not-finite")
+    return sums

@@ -1,0 +1,64 @@
+"""result.json: the figures of a run, taken from its stored events and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from server.store import Event, read_events
+
+Scores = dict[str, Any]
+
+
+def run_scores(folder: Path) -> Scores:
+    """What a run reached on the test images: metrics by name, with intervals, counts and the same per site.
+
+    ``{"auroc": .98, …, "intervals": {"auroc": [low, high], …}, "n": {"auroc": 812, …}, "sites": {name: the same},
+    "rounds", "best_round", "gradient_steps", "images_seen", "seconds", "dropped"}``
+    """
+    events = read_events(folder)
+    rounds = [event for event in events if event["event"] == "round"]
+    test = [event for event in events if event["event"] == "evaluation" and event["split"] == "test"]
+    scores: Scores = _scores(test[-1]["metrics"]) if test else {}
+    if test:
+        scores["sites"] = {name: _scores(metrics) for name, metrics in test[-1]["sites"].items()}
+        scores["best_round"] = test[-1]["round"]
+        if "server" in test[-1]:
+            scores["server"] = _scores(test[-1]["server"])
+    trained = [item for event in rounds for item in event["trained"]]
+    scores["rounds"] = len(rounds)
+    scores["gradient_steps"] = sum(item["steps"] for item in trained)
+    scores["images_seen"] = sum(item["images"] for item in trained)
+    scores["seconds"] = round(events[-1]["time"] - events[0]["time"], 1) if events else 0.0
+    scores["dropped"] = dropped(events)
+    return scores
+
+
+def _scores(metrics: Mapping[str, Mapping[str, Any]]) -> Scores:
+    scores: Scores = {name: row["value"] for name, row in metrics.items()}
+    scores["intervals"] = {name: [row["low"], row["high"]] for name, row in metrics.items()}
+    scores["n"] = {name: row["n"] for name, row in metrics.items()}
+    return scores
+
+
+def dropped(events: list[Event]) -> list[dict[str, Any]]:
+    """Every reply that was not used: when, whose, why."""
+    found = []
+    for event in events:
+        for item in event.get("dropped", []):
+            found.append({"round": event.get("round", 0), "step": event["event"], **item})
+    return found
+
+
+def curve(events: list[Event], metric: str, split: str = "val", site: str | None = None) -> list[tuple[int, float, float, float]]:
+    """(round, value, low, high) of a metric of the global model, over all sites or at one; NaN where there is none."""
+    points = []
+    for event in events:
+        if event["event"] == "evaluation" and event["split"] == split:
+            rows = event["metrics"] if site is None else event["sites"].get(site, {})
+            row = rows.get(metric, {})
+            values = [row.get(key) for key in ("value", "low", "high")]
+            points.append((event["round"], *(math.nan if value is None else value for value in values)))
+    return points  # type: ignore[return-value]

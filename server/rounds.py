@@ -1,0 +1,278 @@
+"""The round loop: survey the sites, then sample, train, admit, aggregate, evaluate and save, round by round.
+
+It talks to a Flower ``Grid`` only, so it is the same on one machine, on Ray and between hospitals.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from server.admission import Dropped, Update, admit, admit_sums, status
+from server.aggregation import AGGREGATORS
+from server.store import Store, write_model, write_text
+from shared import __version__
+from shared.cases import SPLITS, derived_seed
+from shared.config import Job
+from shared.imaging.dataset import Dataset
+from shared.intervals import Estimate
+from shared.tasks import METRICS, Sums, add_sums, load_task
+from shared.training import pick_device
+from shared.weights import exchanged, frozen_digest, put
+
+Arrays = dict[str, Tensor]
+
+
+class RunFailed(Exception):
+    """The run cannot go on; everything up to here is in the run folder. Exit code 1."""
+
+
+@dataclass
+class Place:
+    """A site as the server knows it."""
+
+    node: int
+    name: str
+    images: dict[str, int]
+    classes: list[int]
+    skipped: int
+
+
+@dataclass
+class Best:
+    """The best round so far by the job's validation metric."""
+
+    round: int = 0
+    value: float = math.nan
+    arrays: Arrays = field(default_factory=dict)
+
+
+class Run:
+    """One run of one job on the sites behind ``grid``; results go to ``folder``.
+
+    ``heldout`` is the server's own data set, if it has one; its images are only evaluated on. ``jury`` is a surveyed
+    run whose sites test the final model instead of this run's own: how a baseline is judged on everybody's images.
+    """
+
+    def __init__(
+        self, grid: Grid, job: Job, folder: Path, heldout: Dataset | None = None, jury: Run | None = None
+    ) -> None:
+        self.grid, self.job, self.folder, self.heldout, self.jury = grid, job, folder, heldout, jury
+        self.task = load_task(job.task)
+        self.store = Store(folder)
+        self.model = self.task.build_model(job)
+        self.device = pick_device(job)
+        empty = Dataset(torch.zeros(0).numpy(), ())
+        self.template: Sums = self.task.collect(self.model, empty, job, torch.device("cpu"))
+        self.places: list[Place] = []
+        self.best = Best()
+
+    # ------------------------------------------------------------------ the whole run
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate and save; returns what result.json holds of this run.
+
+        Raises:
+            RunFailed: fewer sites than the quorum are left.
+        """
+        job = self.job
+        started = time.monotonic()
+        write_text(self.folder / "job.toml", job.toml())
+        self.store.add("start", job=job.sha256, name=job.name, rounds=job.federation.rounds, version=__version__)
+        try:
+            arrays = self._train_all(exchanged(self.model, job))
+            result = self._finish(arrays, time.monotonic() - started)
+        except RunFailed as failure:
+            self.store.add("failed", reason=str(failure))
+            raise
+        self.store.add("finish", seconds=round(time.monotonic() - started, 3))
+        return result
+
+    def _train_all(self, arrays: Arrays) -> Arrays:
+        job = self.job
+        self.survey()
+        totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
+        weights = self.task.class_weights(totals, job)
+        self.evaluate(arrays, 0, "val")
+        for number in range(1, job.federation.rounds + 1):
+            arrays = self.train_round(arrays, number, weights)
+            if number % job.evaluation.every == 0 or number == job.federation.rounds:
+                self._keep_best(number, arrays, self.evaluate(arrays, number, "val"))
+            write_model(self.folder / "last.safetensors", arrays, self._facts(number))
+        return arrays
+
+    def _keep_best(self, number: int, arrays: Arrays, metrics: dict[str, Estimate]) -> None:
+        """Strictly better by the job's metric, in its direction, replaces the best; the earlier of equals stays."""
+        metric = self.job.evaluation.best_metric
+        value = metrics[metric].value
+        sign = METRICS[self.job.task][metric]
+        if math.isnan(value) or (not math.isnan(self.best.value) and sign * value <= sign * self.best.value):
+            return
+        self.best = Best(number, value, arrays)
+        write_model(self.folder / "model.safetensors", arrays, self._facts(number))
+
+    def _facts(self, number: int) -> dict[str, str]:
+        return {"job": self.job.sha256, "round": str(number), "version": __version__, "model": self.job.model.name}
+
+    def _finish(self, last: Arrays, seconds: float) -> dict[str, Any]:
+        job = self.job
+        if not self.best.round:
+            self.store.add("warning", text="no validation image at any site: the last round is the model that is kept")
+            self.best = Best(job.federation.rounds, math.nan, last)
+            write_model(self.folder / "model.safetensors", last, self._facts(job.federation.rounds))
+        if self.jury is not None:
+            self.grid, self.places = self.jury.grid, self.jury.places
+        metrics = self.evaluate(self.best.arrays, self.best.round, "test")
+        if not metrics["loss"].n:
+            self.store.add("warning", text="no test image at any site: no test figure can be given")
+        return {"best_round": self.best.round, "seconds": round(seconds, 1), "sites": [place.name for place in self.places]}
+
+    # ------------------------------------------------------------------ messages
+
+    def _exchange(self, kind: str, content: RecordDict, places: Iterable[Place], round_: int) -> Iterator[tuple[Place, Message | None]]:
+        """Send one content to the places, give each place's reply or None, in the order of the places.
+
+        An engine that yields replies one by one in the order asked is read as it yields, so that one reply at a time is
+        in memory. Any other is put in order here: sums of floats depend on it.
+        """
+        places = list(places)
+        messages = [Message(content, place.node, kind, group_id=str(round_)) for place in places]
+        replies = self.grid.send_and_receive(messages, timeout=self.job.federation.round_timeout)
+        if not isinstance(replies, Iterator):
+            by_node = {reply.metadata.src_node_id: reply for reply in replies}
+            replies = iter([by_node.get(place.node) for place in places])  # type: ignore[list-item]
+        for place in places:
+            yield place, next(replies, None)
+
+    def _config(self, round_: int, **more: Any) -> ConfigRecord:
+        return ConfigRecord({"round": round_, **more})
+
+    def survey(self, fresh: bool = True) -> None:
+        """Ask every node who it is; fill ``places``, sorted by name. ``fresh``: sites forget what an earlier run left.
+
+        Raises:
+            RunFailed: two sites with one name, differing frozen weights, or fewer sites than the quorum.
+        """
+        nodes = [Place(node, f"node {node}", {}, [], 0) for node in sorted(self.grid.get_node_ids())]
+        content = RecordDict({"config": self._config(0, fresh=fresh)})
+        own = frozen_digest(self.model, self.job)
+        found: list[Place] = []
+        dropped: list[dict[str, str]] = []
+        for node, reply in self._exchange(MessageType.QUERY, content, nodes, 0):
+            try:
+                found.append(self._place(node.node, reply, own))
+            except Dropped as reason:
+                dropped.append({"site": _site_name(reply) or node.name, "reason": str(reason)})
+        self.places = sorted(found, key=lambda place: place.name)
+        self.store.add("survey", sites=[vars(place) for place in self.places], dropped=dropped)
+        names = [place.name for place in self.places]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RunFailed(f"two sites call themselves {twice!r}; give each site.toml a name of its own")
+        self._require(len(names), dropped, "before the first round")
+
+    def _place(self, node: int, reply: Message | None, own_digest: str) -> Place:
+        record = status(reply)
+        assert reply is not None
+        metrics, facts = reply.content["metrics"], reply.content["facts"]
+        if facts["job"] != self.job.sha256:
+            raise Dropped("other-job")
+        if facts["frozen"] != own_digest:
+            raise Dropped("other-frozen-weights")
+        images = {split: int(metrics[f"images-{split}"]) for split in SPLITS}  # type: ignore[arg-type]
+        return Place(node, str(record["site"]), images, list(metrics["classes"]), int(metrics["skipped"]))  # type: ignore[arg-type]
+
+    def _require(self, admitted: int, dropped: list[dict[str, str]], when: str) -> None:
+        if admitted < self.job.federation.min_sites:
+            reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
+            raise RunFailed(
+                f"{when}, {admitted} sites are in order, federation.min_sites asks for {self.job.federation.min_sites} ({reasons})"
+            )
+
+    # ------------------------------------------------------------------ one round
+
+    def sample(self, number: int) -> list[Place]:
+        """The sites of a round: all of them, or a share drawn from the job's seed; only those with training images."""
+        able = [place for place in self.places if place.images["train"]]
+        count = max(math.ceil(self.job.federation.fraction * len(able) - 1e-9), min(self.job.federation.min_sites, len(able)))
+        chosen = random.Random(derived_seed(self.job.seed, "sample", number)).sample(range(len(able)), count)
+        return [able[i] for i in sorted(chosen)]
+
+    def train_round(self, arrays: Arrays, number: int, class_weights: list[float]) -> Arrays:
+        """Send ``arrays`` out, aggregate the replies that are in order, return the new global arrays.
+
+        Raises:
+            RunFailed: fewer replies than the quorum were in order.
+        """
+        started = time.monotonic()
+        trained: list[dict[str, Any]] = []
+        dropped: list[dict[str, str]] = []
+        config = self._config(number, **{"class-weights": [float(weight) for weight in class_weights]})
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})  # type: ignore[arg-type]
+        places = self.sample(number)
+
+        def admitted() -> Iterator[tuple[float, Arrays]]:
+            for place, reply in self._exchange(MessageType.TRAIN, content, places, number):
+                try:
+                    update: Update = admit(reply, arrays, self.job, place.images["train"])
+                except Dropped as reason:
+                    dropped.append({"site": place.name, "reason": str(reason)})
+                    continue
+                trained.append(
+                    {"site": place.name, "weight": update.weight, "steps": update.steps, "images": update.images, "loss": update.loss}
+                )
+                yield update.weight, update.arrays
+
+        try:
+            merged = AGGREGATORS[self.job.federation.aggregator](admitted())
+        except ValueError:
+            merged = arrays
+        seconds = round(time.monotonic() - started, 3)
+        self.store.add("round", round=number, trained=trained, dropped=dropped, seconds=seconds)
+        self._require(len(trained), dropped, f"in round {number}")
+        return merged
+
+    def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
+        """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": self._config(number, split=split)})  # type: ignore[arg-type]
+        sums: dict[str, Sums] = {}
+        dropped: list[dict[str, str]] = []
+        asked = [place for place in self.places if place.images[split]]
+        for place, reply in self._exchange(MessageType.EVALUATE, content, asked, number):
+            try:
+                sums[place.name] = admit_sums(reply, self.template)
+            except Dropped as reason:
+                dropped.append({"site": place.name, "reason": str(reason)})
+        whole = add_sums([self.template, *sums.values()])
+        metrics = self.task.summarise(whole, self.job)
+        facts: dict[str, Any] = {"round": number, "split": split, "metrics": _rows(metrics), "dropped": dropped}
+        facts["sites"] = {name: _rows(self.task.summarise(part, self.job)) for name, part in sums.items()}
+        if split == "test":
+            facts["sums"] = sums
+        if self.heldout is not None:
+            put(self.model, arrays, self.job)
+            own = self.task.collect(self.model.to(self.device), self.heldout, self.job, self.device)
+            facts["server"] = _rows(self.task.summarise(own, self.job))
+        self.store.add("evaluation", **facts)
+        return metrics  # type: ignore[no-any-return]
+
+
+def _site_name(reply: Message | None) -> str:
+    if reply is None or reply.has_error():
+        return ""
+    return str(reply.content.config_records.get("status", {}).get("site", ""))[:64]
+
+
+def _rows(metrics: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
+    return {name: vars(estimate) for name, estimate in metrics.items()}
+

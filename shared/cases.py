@@ -1,0 +1,72 @@
+"""What a site has: its folder, its samples, and which of them train, validate and test."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SPLITS = ("train", "val", "test")
+_SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's own description of its images (the ``[data]``, ``[label_map]`` and ``[limits]`` of its site.toml)."""
+
+    name: str
+    root: Path
+    format: str = "auto"
+    csv: str = ""
+    label_map: Mapping[str, str] = field(default_factory=dict)
+    max_unreadable: float = 0.05
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and what is to be learnt from it; ``path`` is relative to the site's folder.
+
+    ``target`` holds the indices of the image's classes: one index, or any number if multi-label.
+    ``box`` is (x, y, width, height) in pixels of the decoded image; ``key`` names an array in an npz.
+    """
+
+    path: str
+    target: tuple[int, ...]
+    patient: str
+    split: str
+    frame: int | str = "middle"
+    box: tuple[float, float, float, float] | None = None
+    key: str = ""
+
+    @property
+    def id(self) -> str:
+        """Unique within the site."""
+        return f"{self.path}#{self.key}#{self.frame}#{self.box or ''}"
+
+
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on ``text`` alone, on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
+def split_of(patient: str, val_fraction: float, test_fraction: float) -> str:
+    """``train``, ``val`` or ``test`` by the hash of the patient.
+
+    All images of a patient fall on one side, and adding files never moves an old one.
+    """
+    place = unit_hash(f"consilium-split:{patient}")
+    if place < test_fraction:
+        return "test"
+    return "val" if place < test_fraction + val_fraction else "train"
+
+
+def split_word(word: str) -> str | None:
+    """``train``, ``val`` or ``test`` for the words people write, else None."""
+    return _SPLIT_WORDS.get(word.strip().lower())
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed from any parts: the same everywhere, independent for different parts."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1

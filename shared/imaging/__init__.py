@@ -1,0 +1,1 @@
+"""Medical picture files (DICOM, PNG, JPEG, BMP, TIFF, NumPy) read as float pictures in [0, 1]."""

@@ -1,0 +1,96 @@
+"""The site's own file, site.toml: who the site is, where its images lie, and what it calls things.
+
+    name = "hospital-north"
+    [data]
+    dir = "."                # folder of the images, relative to this file
+    format = "csv"           # auto, csv, folder, npz, coco-crops
+    csv = "labels.csv"       # path,label and optional patient, split, frame, box, key
+    [label_map]
+    "Verschattung" = "opacity"
+    [limits]
+    max_unreadable = 0.05
+    [cache]
+    dir = "cache"
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.cases import SiteData
+from shared.config import nearest, read_toml
+from shared.errors import UserError
+
+FORMATS = ("auto", "csv", "folder", "npz", "coco-crops")
+_KEYS: dict[str, dict[str, type]] = {
+    "": {"name": str},
+    "data": {"dir": str, "format": str, "csv": str},
+    "limits": {"max_unreadable": float},
+    "cache": {"dir": str},
+}
+
+
+def read_site(path: Path, home: Path | None = None) -> SiteData:
+    """Read and validate a site.toml.
+
+    The cache lies beside the file unless the file says otherwise, so that the next run finds it; where that folder
+    cannot be written it lies in ``home``.
+
+    Raises:
+        UserError: one line that names the file, the key and what is allowed.
+    """
+    path = Path(path)
+    content = read_toml(path)
+    try:
+        _check(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    data = content.get("data", {})
+    cache = content.get("cache", {}).get("dir", "cache")
+    own = home is None or "cache" in content or os.access(path.parent, os.W_OK)
+    return SiteData(
+        name=content["name"],
+        root=path.parent / data.get("dir", "."),
+        format=data.get("format", "auto"),
+        csv=data.get("csv", ""),
+        label_map=content.get("label_map", {}),
+        max_unreadable=float(content.get("limits", {}).get("max_unreadable", 0.05)),
+        cache=path.parent / cache if own or home is None else home / cache,
+    )
+
+
+def _check(content: Mapping[str, Any]) -> None:
+    for key, value in content.items():
+        if key == "label_map":
+            if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
+                raise UserError('[label_map] must hold lines like "your label" = "class of the job"')
+        elif isinstance(value, dict):
+            if key not in _KEYS:
+                raise UserError(f"unknown table [{key}]{nearest(key, [*_KEYS, 'label_map'])}")
+            for name, item in value.items():
+                _check_value(key, name, item)
+        else:
+            _check_value("", key, value)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", content.get("name", "")):
+        raise UserError("name: give the site a short name of letters, digits, '.', '_' and '-', for example \"hospital-north\"")
+    form = content.get("data", {}).get("format", "auto")
+    if form not in FORMATS:
+        raise UserError(f"data.format = {form!r}: must be one of {', '.join(FORMATS)}{nearest(form, FORMATS)}")
+    limit = content.get("limits", {}).get("max_unreadable", 0.05)
+    if not 0 <= limit <= 1:
+        raise UserError(f"limits.max_unreadable = {limit}: must be from 0 to 1, for example 0.05 for 5 %")
+
+
+def _check_value(table: str, name: str, value: Any) -> None:
+    label = f"{table}.{name}" if table else name
+    known = _KEYS[table]
+    if name not in known:
+        raise UserError(f"unknown key {label!r}{nearest(name, known)}")
+    kind = known[name]
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) if kind is float else isinstance(value, kind)
+    if not good:
+        raise UserError(f"{label} = {value!r}: must be {'a number' if kind is float else 'a text in quotes'}")

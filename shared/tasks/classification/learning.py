@@ -1,0 +1,106 @@
+"""The loss of one batch, and the sums by which a model is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.config import Job
+from shared.imaging.augment import normalise
+from shared.imaging.dataset import Dataset
+from shared.tasks import Sums
+from shared.tasks.classification.metrics import BINS, score_bins
+
+Batch = tuple[Tensor, list[tuple[int, ...]]]
+
+
+def step(model: nn.Module, batch: Batch, job: Job, class_weights: Sequence[float]) -> Tensor:
+    """The mean loss of a batch of normalised images (b, channels, size, size) and their class indices.
+
+    Each image's loss is weighed on its own and the mean taken over the number of images, never over the sum of the
+    weights: so one image's share does not depend on the others, which bounded gradients (differential privacy) need.
+    """
+    images, targets = batch
+    logits = model(images)
+    weights = torch.tensor(class_weights, dtype=logits.dtype, device=logits.device)
+    if job.data.multilabel:
+        wanted = many_hot(targets, len(job.classes)).to(logits)
+        losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        return (losses * torch.where(wanted > 0, weights, 1.0)).mean()
+    index = torch.tensor([target[0] for target in targets], device=logits.device)
+    return (weights[index] * F.cross_entropy(logits, index, reduction="none")).mean()
+
+
+def many_hot(targets: Sequence[tuple[int, ...]], classes: int) -> Tensor:
+    """Class indices as a 0/1 matrix (n, classes)."""
+    table = torch.zeros(len(targets), classes)
+    for row, target in enumerate(targets):
+        table[row, list(target)] = 1
+    return table
+
+
+def class_weights(counts: Sequence[int], job: Job) -> list[float]:
+    """A weight per class from the number of training images of all sites together.
+
+    Inverse frequency, scaled so that the weights average 1 over the images; a class nobody has counts 1. Multi-label:
+    the weight of the positives of a label, negatives over positives, at most 100.
+    """
+    total = sum(counts)
+    if job.train.class_weights == "none":
+        return [1.0] * len(counts)
+    if job.data.multilabel:
+        images = counts[-1]
+        return [min((images - count) / count, 100.0) if count else 1.0 for count in counts[:-1]]
+    present = sum(count > 0 for count in counts)
+    return [total / (present * count) if count else 1.0 for count in counts]
+
+
+def count_classes(data: Dataset, job: Job) -> list[int]:
+    """Training images per class; multi-label: images per label and, last, the number of images."""
+    counts = [sum(k in sample.target for sample in data.samples) for k in range(len(job.classes))]
+    return counts + [len(data)] if job.data.multilabel else counts
+
+
+@torch.inference_mode()
+def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> Sums:
+    """What a model does on a data set, as sums that add up over sites (see ``summarise``).
+
+    ``n``; ``loss`` and ``loss_squares``; ``confusion``, classes x classes by row = truth (multi-label: per label
+    true negatives, false positives, false negatives, true positives); ``positives`` and ``negatives``, a histogram of
+    the score of each class over images that have it and that have it not.
+    """
+    classes = len(job.classes)
+    confusion = torch.zeros(classes * 4 if job.data.multilabel else classes * classes, dtype=torch.int64)
+    histogram = torch.zeros(2, classes, BINS, dtype=torch.int64)
+    loss = squares = 0.0
+    model.eval()
+    for images, targets in data.batches(job.evaluation.batch_size):
+        logits = model(normalise(images.to(device, memory_format=torch.channels_last), job)).double().cpu()
+        wanted = many_hot(targets, classes)
+        if job.data.multilabel:
+            losses = F.binary_cross_entropy_with_logits(logits, wanted.double(), reduction="none").mean(1)
+            scores = logits
+            cell = (2 * wanted + (logits > 0)).long() + 4 * torch.arange(classes)
+        else:
+            truth = wanted.argmax(1)
+            losses = F.cross_entropy(logits, truth, reduction="none")
+            share = logits.log_softmax(1)
+            scores = share - torch.log1p(-share.exp()).clamp(min=-60)  # log-odds of each class
+            cell = truth * classes + logits.argmax(1)
+        confusion += torch.bincount(cell.flatten(), minlength=len(confusion))
+        bins = score_bins(scores)
+        for k in range(classes):
+            for side, chosen in enumerate((wanted[:, k] == 0, wanted[:, k] == 1)):
+                histogram[side, k] += torch.bincount(bins[chosen, k], minlength=BINS)
+        loss, squares = loss + losses.sum().item(), squares + losses.square().sum().item()
+    return {
+        "n": len(data),
+        "loss": loss,
+        "loss_squares": squares,
+        "confusion": confusion.tolist(),
+        "negatives": histogram[0].flatten().tolist(),
+        "positives": histogram[1].flatten().tolist(),
+    }

@@ -1,0 +1,1 @@
+"""One machine that plays many hospitals."""

@@ -1,0 +1,125 @@
+"""A Flower ``Grid`` on this machine: unmodified ServerApps and ClientApps, the clients in persistent worker processes.
+
+No server process, no polling, no network. Replies are handed out in the order of the messages, each as soon as it and
+all before it are there; only a few messages more than there are workers are in flight. So sums do not depend on who
+was faster, and memory does not grow with the number of sites.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, TimeoutError
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from shared.config import Scalar
+from simulations.pool import Outcome, WorkerDied, WorkerPool
+
+RUN_ID = 1
+_serial = itertools.count(1)  # message ids, unique in this process
+
+
+class LocalGrid(Grid):
+    """The nodes of one federation, played by a worker pool that several federations may share.
+
+    ``nodes`` holds each node's config, as ``--node-config`` would on a real one; the node ids are 1, 2, 3 … in their
+    order. ``priority`` orders federations that share the pool: lower goes first.
+    """
+
+    def __init__(
+        self, pool: WorkerPool, nodes: Sequence[Mapping[str, Scalar]], run_config: Mapping[str, Scalar], priority: int = 0
+    ) -> None:
+        self._pool, self._priority = pool, priority
+        self._run = Run.create_empty(run_id=RUN_ID)
+        self.run_config = dict(run_config)
+        self._contexts = {
+            number: Context(
+                run_id=RUN_ID, node_id=number, node_config=dict(node), state=RecordDict(), run_config=dict(run_config)
+            )
+            for number, node in enumerate(nodes, start=SUPERLINK_NODE_ID + 1)
+        }
+        self._pending: dict[str, tuple[Message, Future[Outcome]]] = {}
+        # Message() reads who is sending from here; every grid of this process is the same sender.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SUPERLINK_NODE_ID, 1
+
+    def set_run(self, run: Run) -> None:
+        """Set the run this grid belongs to."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run this grid belongs to."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes; here they are always online."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Start work on the messages; gives their ids for ``pull_messages``."""
+        return [message.metadata.message_id for message, _ in map(self._keep, self._submit_all(messages))]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that are there by now."""
+        done = [name for name in message_ids if name in self._pending and self._pending[name][1].done()]
+        return [self._reply(*self._pending.pop(name), timeout=None) for name in done]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Yield the replies in the order of the messages.
+
+        A node that raises, dies, or has not answered ``timeout`` seconds after the call gives an error reply.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        source = self._submit_all(messages)
+        window: deque[tuple[Message, Future[Outcome]]] = deque(itertools.islice(source, 2 * self._pool.size))
+        try:
+            while window:
+                message, future = window.popleft()
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                reply = self._reply(message, future, left)
+                window.extend(itertools.islice(source, 1))
+                yield reply
+        finally:  # the caller stopped early: nobody waits for the rest
+            for _, future in window:
+                self._pool.abandon(future)
+
+    # ------------------------------------------------------------------
+
+    def _keep(self, item: tuple[Message, Future[Outcome]]) -> tuple[Message, Future[Outcome]]:
+        self._pending[item[0].metadata.message_id] = item
+        return item
+
+    def _submit_all(self, messages: Iterable[Message]) -> Iterator[tuple[Message, Future[Outcome]]]:
+        """Submit one message for each ``next``; a content shared by several messages is pickled once."""
+        shared: tuple[RecordDict | None, bytes] = (None, b"")
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"local-{next(_serial)}"
+            if shared[0] is not message.content:
+                shared = (message.content, pickle.dumps(message.content, pickle.HIGHEST_PROTOCOL))
+            context = self._contexts[message.metadata.dst_node_id]
+            yield message, self._pool.submit(message, context, shared[1], self._priority)
+
+    def _reply(self, message: Message, future: Future[Outcome], timeout: float | None) -> Message:
+        try:
+            reply, self._contexts[message.metadata.dst_node_id].state = future.result(timeout)
+        except TimeoutError:
+            self._pool.abandon(future)
+            reply = Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "no reply in time"), reply_to=message)
+        except WorkerDied:
+            reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, "the worker process died"), reply_to=message)
+        reply.metadata.__dict__["_message_id"] = f"local-{next(_serial)}"
+        return reply

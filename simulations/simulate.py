@@ -1,0 +1,186 @@
+"""Play a whole federation on this machine, and the baselines it must be held against."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flwr.app import Context, RecordDict
+
+from server.app import app as server_app
+from server.report import write_report
+from server.results import run_scores
+from server.rounds import Run, RunFailed
+from server.store import Event, listening, write_json
+from shared import __version__
+from shared.config import Job, Scalar, load_job
+from shared.errors import UserError
+from shared.sitefile import read_site
+from shared.tasks import load_task
+from simulations.engine import RUN_ID, LocalGrid
+from simulations.pool import WorkerPool
+from simulations.result import Result
+from simulations.sites import find_sites
+
+Observer = Callable[[str, Event], None]  # hears (name of the run, event)
+FEDERATED, POOLED = "federated", "pooled"
+
+
+def run(
+    job: Job | str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    baselines: bool = False,
+    heldout: str | Path | None = None,
+    observe: Observer | None = None,
+) -> Result:
+    """Simulate ``job`` on the sites found in ``data``; everything is written to ``out`` (default ``runs/NAME``).
+
+    Args:
+        job: a job, or the path of its TOML file.
+        data: a folder of sites; see ``simulations.sites.find_sites`` for what is understood.
+        workers: worker processes, one thread each; default one per core. The result does not depend on it.
+        baselines: also train each site alone and all sites pooled, with the same total number of gradient steps.
+        heldout: a site.toml of images the server holds itself.
+        observe: called with every event of every run.
+
+    Raises:
+        UserError: bad input, in one line.
+        RunFailed: the quorum was lost; what there was is in ``out``.
+    """
+    job = job if isinstance(job, Job) else load_job(job)
+    load_task(job.task).check(job)
+    folder = _fresh_folder(Path(out) if out else Path("runs") / job.name)
+    files = find_sites(Path(data), job, folder)
+    workers = workers or len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)  # the parent aggregates while the workers train
+    extra: dict[str, Scalar] = {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
+    with WorkerPool("client.app:app", workers) as pool:
+        nodes = [_node(folder / "sites", file) for file in files]
+        runs: dict[str, Callable[[], object]] = {FEDERATED: _federated(_grid(pool, nodes, job, folder, 0, extra))}
+        others = {}
+        if baselines:
+            jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines")
+            jury.survey(fresh=False)
+            others = _baselines(pool, files, jury)
+        failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
+    result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
+    result |= _collect(folder, others)
+    write_json(folder / "result.json", result)
+    write_report(folder)
+    if failures:
+        raise RunFailed("; ".join(failures))
+    return Result(folder)
+
+
+def _collect(folder: Path, others: dict[str, Run]) -> dict[str, Any]:
+    found: dict[str, Any] = {FEDERATED: run_scores(folder)}
+    local = {}
+    for name, other in others.items():
+        if name == POOLED:
+            found[POOLED] = run_scores(other.folder)
+        else:
+            local[name] = run_scores(other.folder)
+    return found | ({"local": local} if others else {})
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """An empty run folder; a run that is already there is moved aside, anything else is refused."""
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not (folder / "rounds.jsonl").exists():
+                raise UserError(f"--out {folder}: holds files that are not a run of ours; name a new folder")
+            folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rounds.jsonl").touch()
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there: {error.strerror}") from None
+    return folder
+
+
+def _node(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) -> dict[str, Scalar]:
+    name = name or read_site(file).name
+    return {"site": os.pathsep.join(str(path.resolve()) for path in (file, *more)), "home": str((homes / name).resolve()), "name": name}
+
+
+def _grid(
+    pool: WorkerPool,
+    nodes: Sequence[dict[str, Scalar]],
+    job: Job,
+    folder: Path,
+    priority: int,
+    extra: dict[str, Scalar] | None = None,
+) -> LocalGrid:
+    return LocalGrid(pool, nodes, job.flat() | {"run.out": str(folder.resolve())} | (extra or {}), priority)
+
+
+def _federated(grid: LocalGrid) -> Callable[[], object]:
+    """The run of the unmodified ServerApp on ``grid``."""
+    config = grid.run_config
+    context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
+    return lambda: server_app(grid, context)
+
+
+def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, Run]:
+    """A federation of one for each site alone and for all sites pooled.
+
+    Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
+    augmentation and schedule; each is tested on all sites' test images.
+    """
+    job = jury.job
+    per_round = len(jury.sample(1))
+    alone = job.replace(
+        train__local_steps=job.train.local_steps * per_round, federation__min_sites=1, federation__fraction=1.0
+    )
+    homes = jury.folder
+    named = {read_site(file).name: file for file in files}
+    runs: dict[str, Run] = {}
+    for name in [POOLED, *(place.name for place in jury.places if place.images["train"])]:
+        chosen = list(named.values()) if name == POOLED else [named[name]]
+        label = POOLED if name == POOLED else f"local-{name}"
+        node = _node(homes / label, chosen[0], label, chosen[1:])
+        runs[name] = Run(_grid(pool, [node], alone, homes / label, 1), alone, homes / label, jury=jury)
+    return runs
+
+
+def _run_all(runs: dict[str, Callable[[], object]], observe: Observer | None) -> list[str]:
+    """Run federations side by side on the pool they share; gives what failed. The first one goes first."""
+    failures: list[str] = []
+
+    def one(name: str, run_: Callable[[], object]) -> None:
+        try:
+            with _heard(name, observe):
+                run_()
+        except RunFailed as failure:
+            failures.append(str(failure) if name == FEDERATED else f"baseline {name}: {failure}")
+        except Exception as error:
+            crashed.append(error)
+
+    crashed: list[Exception] = []
+    threads = [threading.Thread(target=one, args=item, name=item[0], daemon=True) for item in runs.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():  # a plain join would not let Ctrl-C through on every platform
+            thread.join(0.5)
+    if crashed:
+        raise crashed[0]
+    return failures
+
+
+@contextlib.contextmanager
+def _heard(name: str, observe: Observer | None) -> Iterator[None]:
+    if observe is None:
+        yield
+        return
+    with listening(lambda event: observe(name, event)):
+        yield
