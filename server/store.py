@@ -60,14 +60,17 @@ def _plain(value: object) -> object:
 
 
 def write_model(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Weights as safetensors with the run's facts in its metadata: equal weights and facts give equal bytes."""
+    """Weights as safetensors with the run's facts in its metadata: equal weights and facts give equal bytes.
+
+    The facts stand as JSON under the one key ``consilium``: safetensors writes several keys in an order of its own.
+    """
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(save(dict(arrays), metadata=dict(facts)))
+            file.write(save(dict(arrays), metadata={"consilium": json.dumps(facts, sort_keys=True)}))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

@@ -36,7 +36,7 @@ def put(model: nn.Module, arrays: Mapping[str, Tensor], job: Job) -> None:
     """
     state = model.state_dict()
     names = exchanged_names(model, job)
-    if list(arrays) != names:
+    if set(arrays) != set(names):
         raise ValueError("the exchanged names differ from this model's")
     for name in names:
         if state[name].shape != arrays[name].shape:

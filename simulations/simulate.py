@@ -61,7 +61,7 @@ def run(
     load_task(job.task).check(job)
     folder = _fresh_folder(Path(out) if out else Path("runs") / job.name)
     files = find_sites(Path(data), job, folder)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.set_num_threads(1)  # the parent aggregates while the workers train
     extra: dict[str, Scalar] = {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with WorkerPool("client.app:app", workers) as pool:

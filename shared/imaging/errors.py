@@ -43,7 +43,7 @@ CODES: Final[dict[str, str]] = {
 }
 
 #: Seconds after which a decoder in its own process counts as hung.
-PATIENCE: Final = 60.0
+PATIENCE = 30.0
 
 #: Largest samples per frame decoded (134 million): a flipped bit in a header must not claim all memory.
 MAX_PIXELS: Final = 2**27
@@ -82,7 +82,7 @@ def only_unreadable(reader: Callable[P, R]) -> Callable[P, R]:
             raise
         except UnreadableImage as error:
             problem = UnreadableImage(error.code, error.detail)
-        except BaseException as error:  # noqa: BLE001 - decoders in Rust panic with a BaseException
+        except BaseException as error:  # decoders in Rust panic with a BaseException
             problem = UnreadableImage(_code_of(error), f"{type(error).__name__}: {error}")
         # Raised outside the handlers: __context__ would carry the original message, which may hold header values.
         raise problem
@@ -137,9 +137,14 @@ def call_apart(function: str, *arguments: str | int) -> tuple[npt.NDArray[Any], 
         watch.start()
         try:
             return _exchange(_helper, [function, *arguments])
+        except UnreadableImage:
+            raise
         except (OSError, ValueError) as error:
             _stop()
             problem = f"the decoder died: {error}"
+        except BaseException:
+            _stop()  # interrupted: its answer to this request must not become the answer to the next
+            raise
         finally:
             watch.cancel()
     raise UnreadableImage("corrupt", problem)
@@ -164,7 +169,8 @@ def _stop() -> None:
 
 
 def _exchange(helper: subprocess.Popen[bytes], request: list[str | int]) -> tuple[npt.NDArray[Any], str]:
-    assert helper.stdin is not None and helper.stdout is not None
+    assert helper.stdin is not None
+    assert helper.stdout is not None
     helper.stdin.write(json.dumps(request).encode() + b"\n")
     helper.stdin.flush()
     reply = json.loads(helper.stdout.readline())  # ValueError for the empty line of a dead helper

@@ -1,8 +1,8 @@
 """Any picture file a site may hold, read as a float picture in [0, 1], cropped, and fitted to a model's input.
 
 The kind of file is told from its first bytes, not from its name. One rule gives the range of every file that is not
-DICOM: 8 bits are divided by 255; floats that lie within [0, 1] stay; everything else (16-bit above all) is stretched from
-the least to the largest value of the picture. 16-bit files say nowhere how many of their bits are used: divided by
+DICOM: 8 bits are divided by 255; floats that lie within [0, 1] stay; everything else (16-bit above all) is stretched
+from the least to the largest value of the picture. 16-bit files say nowhere how many of their bits are used: divided by
 65535 a 12-bit picture would be all but black. It is also what read_dicom does for a file without a window.
 """
 
@@ -47,8 +47,8 @@ def read_image(path: Name, frame: int | str = "middle", box: Box | None = None, 
 
     Args:
         path: the file; its suffix does not matter.
-        frame: number from 0, or "middle" (count // 2): frame of a DICOM file, page of a TIFF, place along the first axis
-            of an array. Other files have frame 0 only.
+        frame: number from 0, or "middle" (count // 2): frame of a DICOM file, page of a TIFF, place along the first
+            axis of an array. Other files have frame 0 only.
         box: (x, y, width, height) in pixels from the top left, after orientation; clipped to the picture, to whole
             pixels at the nearest edges.
         key: array of an .npz file; left out, "images" or else the only array that looks like pictures.
@@ -197,7 +197,7 @@ def _pictures(path: Name, kind: str, key: str | None) -> Array:
     """The pictures of an array file along the first axis: (N, H, W) or (N, H, W, channels)."""
     stat = os.stat(path)
     array = _load(os.path.abspath(path), stat.st_mtime_ns, stat.st_size, kind, key)
-    if array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4):
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
         return array[None]  # a single picture
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3, 4):
         return np.moveaxis(array, 1, 3)
@@ -308,7 +308,7 @@ def _deep_page(path: Name, index: int) -> Array | None:
         bits = np.max(page.bitspersample)
         if math.prod(page.shape) > MAX_PIXELS:
             raise UnreadableImage("too-large", f"{page.shape}")
-        if bits <= 8 or page.samplesperpixel == 1 and bits == 16 and page.sampleformat == 1:
+        if bits <= 8 or (page.samplesperpixel == 1 and bits == 16 and page.sampleformat == 1):
             return None
         try:
             values: Array = page.asarray()

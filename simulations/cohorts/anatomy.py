@@ -18,8 +18,6 @@ Floats = NDArray[np.float64]
 
 _STEP, _REACH = 0.5, 320.0  # mm: spacing and half-length of the outline tables
 _AXIS: Floats = np.arange(-_REACH, _REACH, _STEP)
-import os
-REG, UNE, PAT = (float(x) for x in os.environ.get("RUP", "0.12,0.09,0.3").split(","))
 _RIB_HALF_WIDTH = 5.6  # mm
 _RIB_FIRST, _RIB_PITCH = -141.0, 22.5  # mm: where rib 1 leaves the spine, and the step to the next
 
@@ -141,7 +139,7 @@ def draw_patient(rng: np.random.Generator, group: Habitus, female: bool) -> Pati
     width = group.width * rng.normal(1.0, 0.05) * (0.95 if female else 1.0)
     return Patient(
         width=width,
-        height=width ** 0.4 * rng.normal(1.0, 0.04),
+        height=width**0.4 * rng.normal(1.0, 0.04),
         thickness=group.thickness * float(np.exp(rng.normal(0.0, 0.10))),
         heart=group.heart * float(np.exp(rng.normal(0.0, 0.09))),
         inspiration=group.inspiration + rng.normal(0.0, 9.0),
@@ -152,8 +150,8 @@ def draw_patient(rng: np.random.Generator, group: Habitus, female: bool) -> Pati
         breast=rng.uniform(0.02, 0.13) if female else rng.uniform(0.0, 0.02),
         nipple=rng.uniform(0.03, 0.08) if rng.random() < 0.2 else 0.0,
         hilum=rng.uniform(0.6, 1.4),
-        uneven=rng.normal(0.0, UNE),
-        gravity=rng.normal(0.0, UNE),
+        uneven=rng.normal(0.0, 0.07),
+        gravity=rng.normal(0.0, 0.07),
         stomach=rng.uniform(0.0, 0.2),
         leads=bool(rng.random() < group.leads),
         granuloma=bool(rng.random() < 0.12),
@@ -174,7 +172,8 @@ def draw_opacity(rng: np.random.Generator, patient: Patient, strength: tuple[flo
         centres=centre + rng.normal(0.0, 0.75 * reach, (count, 2)),
         sigmas=reach * rng.uniform(0.55, 1.05, (count, 2)),
         weights=rng.uniform(0.45, 0.9, count),
-        strength=rng.uniform(*strength),
+        # most are plain to see, with a tail of faint ones
+        strength=strength[0] + (strength[1] - strength[0]) * rng.beta(2.2, 1.0),
     )
 
 
@@ -186,15 +185,16 @@ def draw_chest(canvas: Canvas, opacity: Opacity | None) -> Image:
     texture, region = _fields(patient.key, canvas.rows, canvas.columns)
     air = _lung(shape, u, v)
     # lungs are not aired alike: by side, from top to bottom, and from region to region, in health as well
-    air *= 1.0 + np.float32(REG) * region + np.float32(patient.uneven) * np.sign(u) + np.float32(patient.gravity / 100) * v
+    uneven = np.float32(patient.uneven) * np.sign(u) + np.float32(patient.gravity / 100) * v
+    air *= 1.0 + np.float32(0.12) * region + uneven
     air *= 1.0 - 0.78 * _heart(patient, u, v)
     if opacity is not None:
         lobes = canvas.blobs(opacity.centres, opacity.sigmas, opacity.weights)
-        patchy = np.clip(1.0 + PAT * texture, 0.3, 1.7)
+        patchy = np.clip(1.0 + 0.6 * texture, 0.3, 1.7)
         air *= 1.0 - np.float32(opacity.strength) * (1.0 - np.exp(-(lobes**2) * 1.6 * patchy))
     body = _body(shape, u, v) * np.float32(patient.thickness)
     image = body - 0.60 * air * (body > 0) * np.float32(min(patient.thickness, 1.25) ** 0.5)
-    image += air * (_vessels(canvas) + np.float32(0.03 * patient.markings) * texture)
+    image += air * (_vessels(canvas) + np.float32(0.022 * patient.markings) * texture)
     image += np.float32(patient.bone) * _bones(canvas, shape, a)
     image += _soft_parts(canvas, shape)
     drawn: Image = np.clip(image * np.float32(0.74), 0.0, 1.0)
@@ -361,7 +361,7 @@ def _vessels(canvas: Canvas) -> Image:
     """Hila and the branching lung markings, as attenuation where the lung is full of air."""
     patient = canvas.patient
     points, weights, thick = _tree(patient.key)
-    scale = 0.12 * patient.markings
+    scale = 0.088 * patient.markings
     image = canvas.strokes(points[thick], scale * weights[thick], 2.3)
     image += canvas.strokes(points[~thick], scale * weights[~thick], 1.25)
     centres = np.array([(-37.0, 0.0), (-34.0, -16.0), (39.0, -10.0), (36.0, 6.0)])

@@ -68,21 +68,21 @@ class Scanner:
 _NORTH = Scanner(
     name="hospital-north", model="Aurora DR 12", rows=272, columns=272, spacing=1.40, bits=12, inverted=False,
     syntax=ExplicitVRLittleEndian, gamma=1.0, span=(0.10, 0.92), swing=0.02, noise=0.008, grain=0.0, blur=0.7,
-    edge=0.0, grid=0.0, border=4.0, border_white=False, marker=(0.90, 0.10), prevalence=0.5, strength=(0.45, 0.95),
-    size=20.0,
+    edge=0.0, grid=0.0, border=4.0, border_white=False, marker=(0.90, 0.10), prevalence=0.5, strength=(0.45, 1.0),
+    size=22.0,
 )  # fmt: skip
 _RIVER = Scanner(
     name="hospital-river", model="Fluvia CR 10", rows=272, columns=240, spacing=1.48, bits=10, inverted=True,
-    syntax=JPEG2000Lossless, gamma=1.7, span=(-0.05, 1.05), swing=0.04, noise=0.019, grain=1.3, blur=1.8,
-    edge=0.0, grid=0.0, border=13.0, border_white=True, marker=(0.86, 0.88), prevalence=0.3, strength=(0.45, 0.95),
-    size=18.0, labels=_GERMAN,
+    syntax=JPEG2000Lossless, gamma=1.45, span=(0.0, 1.02), swing=0.04, noise=0.016, grain=1.3, blur=1.8,
+    edge=0.0, grid=0.0, border=13.0, border_white=True, marker=(0.86, 0.88), prevalence=0.3, strength=(0.40, 1.0),
+    size=20.0, labels=_GERMAN,
     group=Habitus(width=1.06, thickness=1.18, heart=1.08, inspiration=-4.0, markings=0.8, age=64.0),
 )  # fmt: skip
 _HILL = Scanner(
     name="hospital-hill", model="Monticola Mobile 14", rows=256, columns=288, spacing=1.50, bits=14, inverted=False,
     syntax=JPEGLSLossless, gamma=0.72, span=(0.10, 0.84), swing=0.05, noise=0.016, grain=0.0, blur=1.0,
     edge=1.0, grid=0.020, border=9.0, border_white=False, marker=(0.82, 0.30), prevalence=0.65,
-    strength=(0.45, 0.95), size=20.0,
+    strength=(0.45, 1.0), size=22.0,
     group=Habitus(width=0.97, thickness=0.92, heart=1.16, inspiration=-14.0, markings=1.35, leads=0.45, age=47.0),
 )  # fmt: skip
 
@@ -115,8 +115,8 @@ def scanner(number: int, seed: int) -> Scanner:
         border_white=bool(rng.random() < 0.3),
         marker=(rng.uniform(0.80, 0.90), float(rng.choice([0.10, 0.30, 0.88]))),
         prevalence=rng.uniform(0.25, 0.65),
-        strength=(0.25, rng.uniform(0.70, 0.85)),
-        size=rng.uniform(11.5, 14.0),
+        strength=(rng.uniform(0.4, 0.5), 1.0),
+        size=rng.uniform(19.0, 23.0),
         group=Habitus(
             width=rng.uniform(0.95, 1.08),
             thickness=rng.uniform(0.9, 1.2),

@@ -1,0 +1,36 @@
+# Two commands matter: `make demo` and `make test`. Each builds what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench clean
+
+# The environment, rebuilt when the project's dependencies change. The CUDA build of torch is large: minutes, once.
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/test: $(VENV)/demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Three invented hospitals train a model together; ends with a table and the path of a report.
+demo: $(VENV)/demo
+	$(BIN)/consilium cohort make demo/cohort --sites 3 --patients 240 --seed 0
+	$(BIN)/consilium simulate simulations/jobs/chest.toml --data demo/cohort --baselines --out demo/run
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.engine
+
+clean:
+	rm -rf $(VENV) demo

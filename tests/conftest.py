@@ -1,0 +1,77 @@
+"""Fixtures: real data beside the checkout where it is there, and small sites made on the spot."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.config import Job, job_from_flat
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """A folder of real medical images that lies beside the checkout; skips where there is none."""
+
+    def find(name: str) -> Path:
+        folder = ROOT.parent / "shared" / "data" / name
+        if not folder.is_dir():
+            pytest.skip(f"the shared data set {name} does not lie beside this checkout (SKIPPED shared data)")
+        return folder
+
+    return find
+
+
+@pytest.fixture
+def tiny_job() -> Job:
+    """Two classes told apart by which half is bright; learnt in seconds."""
+    return job_from_flat(
+        {
+            "name": "tiny",
+            "data.classes": "left,right",
+            "data.size": 16,
+            "model.width": 4,
+            "train.local_steps": 2,
+            "train.batch_size": 8,
+            "federation.rounds": 3,
+            "evaluation.every": 1,
+        }
+    )
+
+
+def write_site(folder: Path, name: str, images: int = 24, seed: int = 0) -> Path:
+    """A site of grey PNG images with a labels.csv; returns its site.toml."""
+    generator = np.random.default_rng([seed, *name.encode()])
+    (folder / "images").mkdir(parents=True)
+    with (folder / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "patient", "split"])
+        for number in range(images):
+            label = ("left", "right")[number % 2]
+            pixels = generator.integers(0, 120, (16, 16))
+            pixels[:, slice(0, 8) if label == "left" else slice(8, 16)] += 60
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{number}.png")
+            split = ("train", "train", "val", "test")[number // 2 % 4]
+            rows.writerow([f"images/{number}.png", label, f"{name}-{number}", split])
+    (folder / "site.toml").write_text(f'name = "{name}"\n[data]\nformat = "csv"\ncsv = "labels.csv"\n')
+    return folder / "site.toml"
+
+
+@pytest.fixture
+def three_sites(tmp_path: Path) -> Path:
+    """A folder with the sites a, b and c, of 24, 32 and 40 images."""
+    for name, images in {"a": 24, "b": 32, "c": 40}.items():
+        write_site(tmp_path / "data" / name, name, images)
+    return tmp_path / "data"

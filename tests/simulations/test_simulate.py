@@ -1,0 +1,132 @@
+"""Whole simulations: reproducible, judged by an independent reading of the data, baselines at equal steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from server.store import read_events
+from shared.config import Job
+from shared.errors import UserError
+from shared.tasks import load_task
+from shared.weights import put
+from simulations.simulate import run
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_one_worker_and_two_give_the_same_model_to_the_bit(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    job = tiny_job.replace(augment__rotate=20.0, augment__intensity=0.2, augment__flip="vertical")
+    for workers in (1, 2):
+        run(job, three_sites, tmp_path / str(workers), workers=workers)
+    assert sha(tmp_path / "1" / "model.safetensors") == sha(tmp_path / "2" / "model.safetensors")
+    assert sha(tmp_path / "1" / "last.safetensors") == sha(tmp_path / "2" / "last.safetensors")
+
+
+def test_another_seed_gives_another_model(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(tiny_job.replace(seed=seed), three_sites, tmp_path / str(seed))
+    assert sha(tmp_path / "0" / "last.safetensors") != sha(tmp_path / "1" / "last.safetensors")
+
+
+def test_figures_equal_those_of_the_pooled_predictions(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    """The oracle reads the PNGs with Pillow, runs the saved model and asks scikit-learn."""
+    job = tiny_job.replace(federation__rounds=6)
+    result = run(job, three_sites, tmp_path / "o")
+    model = load_task(job.task).build_model(job)
+    put(model, load_file(tmp_path / "o" / "model.safetensors"), job)
+    model.eval()
+    truth: list[int] = []
+    scores: list[float] = []
+    for site in sorted(three_sites.iterdir()):
+        for line in (site / "labels.csv").read_text().splitlines()[1:]:
+            path, label, _, split = line.split(",")
+            if split == "test":
+                pixels = torch.from_numpy(np.asarray(Image.open(site / path), np.float32) / 255)
+                with torch.no_grad():
+                    scores.append(model((pixels[None, None] - 0.5) / 0.25).softmax(1)[0, 1].item())
+                truth.append(int(label == "right"))
+    federated = result.scores["federated"]
+    assert federated["n"]["accuracy"] == len(truth)
+    assert federated["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-3)
+    predicted = [score > 0.5 for score in scores]
+    assert federated["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, predicted))
+    low, high = federated["intervals"]["auroc"]
+    assert low <= federated["auroc"] <= high
+
+
+def test_baselines_take_as_many_gradient_steps_and_meet_the_same_test_images(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    result = run(tiny_job, three_sites, tmp_path / "o", baselines=True)
+    scores = result.scores
+    assert set(scores["local"]) == {"a", "b", "c"}
+    everyone = [scores["federated"], scores["pooled"], *scores["local"].values()]
+    assert {row["gradient_steps"] for row in everyone} == {3 * 2 * 3}
+    assert {row["n"]["accuracy"] for row in everyone} == {scores["federated"]["n"]["accuracy"]}
+    assert all(set(row["sites"]) == {"a", "b", "c"} for row in everyone)
+    assert result.report.exists()
+    rows = result.rows()
+    assert {row["model"] for row in rows} == {"federated", "pooled", "local a", "local b", "local c"}
+
+
+def test_the_pooled_model_is_plain_training_on_all_images(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    """One site that holds everything, one federation of one: the same weights as the pooled baseline's steps."""
+    run(tiny_job, three_sites, tmp_path / "o", baselines=True)
+    events = read_events(tmp_path / "o" / "baselines" / "pooled")
+    (survey,) = [event for event in events if event["event"] == "survey"]
+    assert [site["name"] for site in survey["sites"]] == ["pooled"]
+    federated = [event for event in read_events(tmp_path / "o") if event["event"] == "survey"][0]
+    together = {split: sum(site["images"][split] for site in federated["sites"]) for split in ("train", "val", "test")}
+    assert survey["sites"][0]["images"] == together
+
+
+def test_optimiser_moments_are_kept_per_site_and_dropped_by_a_new_run(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    run(tiny_job, three_sites, tmp_path / "kept")
+    run(tiny_job.replace(train__keep_optimizer=False), three_sites, tmp_path / "fresh")
+    assert sha(tmp_path / "kept" / "last.safetensors") != sha(tmp_path / "fresh" / "last.safetensors")
+    assert sorted(path.stem for path in (tmp_path / "kept" / "sites" / "a" / "state").rglob("*.pt")) == ["2", "3"]
+    assert not list((tmp_path / "fresh").rglob("*.pt"))
+
+
+def test_an_earlier_run_is_moved_aside_and_foreign_files_are_refused(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    run(tiny_job, three_sites, out)
+    before = sha(out / "model.safetensors")
+    run(tiny_job.replace(seed=1), three_sites, out)
+    (kept,) = tmp_path.glob("o.before-*")
+    assert sha(kept / "model.safetensors") == before
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("do not touch")
+    with pytest.raises(UserError, match="not a run of ours"):
+        run(tiny_job, three_sites, foreign)
+    assert (foreign / "thesis.txt").read_text() == "do not touch"
+
+
+def test_the_servers_own_images_are_evaluated_beside_the_sites(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    result = run(tiny_job, three_sites, tmp_path / "o", heldout=three_sites / "c" / "site.toml")
+    assert result.scores["federated"]["server"]["n"]["accuracy"] == 40
+    assert result.scores["federated"]["n"]["accuracy"] < 40
+
+
+def test_every_event_is_stored_as_it_is_heard(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    heard: list[dict[str, object]] = []
+    run(tiny_job, three_sites, tmp_path / "o", observe=lambda name, event: heard.append(event))
+    assert json.loads(json.dumps(heard)) == read_events(tmp_path / "o")
