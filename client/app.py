@@ -5,6 +5,7 @@ Whatever goes wrong, only a short code leaves the site; the text, which may name
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from shared import __version__
 from shared.cases import SPLITS
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
-from shared.tasks import load_task
-from shared.training import pick_device, train as train_locally
+from shared.tasks import Sums, load_task
+from shared.training import pick_device
+from shared.training import train as train_locally
 from shared.weights import exchanged, frozen_digest, put
 
 app = ClientApp()
@@ -35,7 +37,10 @@ def _answer(message: Message, context: Context, answer: Answer) -> Message:
         workspace = open_workspace(context.node_config, context.run_config, job)
         name = workspace.name
         content = answer(message, context, job, workspace)
-        write_log(workspace.home, f"{message.metadata.message_type} round {_round(message)}: done in {time.monotonic() - started:.2f} s")
+        write_log(
+            workspace.home,
+            f"{message.metadata.message_type} round {_round(message)}: done in {time.monotonic() - started:.2f} s",
+        )
     except SiteRefusal as refusal:
         code = refusal.code
         _log_failure(context, f"declined ({code}): {refusal}")
@@ -45,7 +50,9 @@ def _answer(message: Message, context: Context, answer: Answer) -> Message:
     except Exception:
         code = "internal-error"
         _log_failure(context, f"failed ({code})\n{traceback.format_exc()}")
-    content["status"] = ConfigRecord({"site": name or _name(context), "ok": not code, "code": code, "version": __version__})
+    content["status"] = ConfigRecord(
+        {"site": name or _name(context), "ok": not code, "code": code, "version": __version__}
+    )
     return Message(content, reply_to=message)
 
 
@@ -61,10 +68,8 @@ def _name(context: Context) -> str:
 
 
 def _log_failure(context: Context, text: str) -> None:
-    try:
+    with contextlib.suppress(Exception):  # a site that cannot even write its log must still answer
         write_log(find_sites(context.node_config, context.run_config)[1], text)
-    except Exception:  # a site that cannot even write its log must still answer
-        pass
 
 
 @app.query()
@@ -94,7 +99,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     config = message.content["config"]
     round_ = _round(message)
     model = open_model(job)
-    put(model, message.content["arrays"].to_torch_state_dict(), job)
+    put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     data = workspace.data.subset("train")
     moments = Moments(workspace.home, context.run_id)
     trained = train_locally(
@@ -110,7 +115,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     )
     if job.train.keep_optimizer:
         moments.save(round_, trained.moments)
-    metrics = {"num-examples": len(data), "steps": trained.steps, "images": trained.images, "loss": trained.loss}
+    metrics: Sums = {"num-examples": len(data), "steps": trained.steps, "images": trained.images, "loss": trained.loss}
     return RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
 
 
@@ -123,7 +128,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _evaluate(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     model = open_model(job)
     device = pick_device(job)
-    put(model, message.content["arrays"].to_torch_state_dict(), job)
+    put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     data = workspace.data.subset(str(message.content["config"]["split"]))
     sums = load_task(job.task).collect(model.to(device), data, job, device)
     return RecordDict({"metrics": MetricRecord(sums)})

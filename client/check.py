@@ -10,7 +10,6 @@ from pathlib import Path
 from shared.cases import SPLITS, Sample, SiteData
 from shared.config import Job, load_job, nearest
 from shared.errors import SiteRefusal, UserError
-from shared.imaging.dataset import crop
 from shared.imaging.errors import CODES, UnreadableImage
 from shared.imaging.read import is_image_name, read_image
 from shared.sitefile import FORMATS, read_site
@@ -55,7 +54,9 @@ def check_site(file: Path | None, data: Path | None, form: str, job_file: Path |
     if (file is None) == (data is None):
         raise UserError("name a site.toml, or a folder with --data FOLDER")
     if form not in (*FORMATS, "dicom"):
-        raise UserError(f"--format {form}: must be one of {', '.join(FORMATS)}, dicom{nearest(form, [*FORMATS, 'dicom'])}")
+        raise UserError(
+            f"--format {form}: must be one of {', '.join(FORMATS)}, dicom{nearest(form, [*FORMATS, 'dicom'])}"
+        )
     if limit is not None and not 0 <= limit <= 1:
         raise UserError(f"--limit {limit}: must be from 0 to 1, for example 0.05 for 5 %")
     site = read_site(file) if file else SiteData("check", Path(data or "."), form)
@@ -82,7 +83,7 @@ def _labelled(report: Report, site: SiteData, job: Job) -> None:
         return
     good = _read_all(report, site, samples)
     for split in SPLITS:
-        counter = Counter({name: 0 for name in job.classes})
+        counter = Counter(dict.fromkeys(job.classes, 0))
         counter.update(job.classes[k] for sample in good if sample.split == split for k in sample.target)
         report.counts[split] = counter
     if not any(report.counts["train"].values()):
@@ -109,9 +110,7 @@ def _read(path: Path, sample: Sample, only_dicom: bool) -> None:
 
         read_dicom(path, sample.frame)
         return
-    image = read_image(path, sample.frame, key=sample.key or None)
-    if sample.box:
-        crop(image, sample.box)
+    read_image(path, sample.frame, sample.box, sample.key or None)
 
 
 def _judge(report: Report, limit: float) -> None:

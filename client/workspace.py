@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch import nn
 
 from shared.config import Job, Scalar
 from shared.errors import SiteRefusal
-from shared.sitefile import read_site
 from shared.imaging.dataset import Dataset, concatenate
+from shared.sitefile import read_site
 from shared.tasks import load_task
 
 
@@ -38,7 +38,7 @@ def write_log(home: Path, text: str) -> None:
     """Append a line to the site's own log, which never leaves the site."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / "site.log").open("a", encoding="utf-8") as file:
-        file.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {text}\n")
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
 
 
 def find_sites(node: dict[str, Scalar], run: dict[str, Scalar]) -> tuple[str, Path, list[Path]]:
@@ -56,7 +56,7 @@ def find_sites(node: dict[str, Scalar], run: dict[str, Scalar]) -> tuple[str, Pa
             raise SiteRefusal("no-site", f"{run['run.sites']} holds {len(files)} sites, this is number {number + 1}")
         files = [files[number]]
     else:
-        raise SiteRefusal("no-site", 'no site file: start the node with --node-config \'site="/path/to/site.toml"\'')
+        raise SiteRefusal("no-site", "no site file: start the node with --node-config 'site=\"/path/to/site.toml\"'")
     home = Path(str(node["home"])) if "home" in node else files[0].parent
     name = str(node.get("name", "")) or read_site(files[0]).name
     return name, home, files
@@ -135,4 +135,3 @@ class Moments:
 def split_counts(data: Dataset, splits: Sequence[str]) -> dict[str, int]:
     """Images per split."""
     return {split: sum(sample.split == split for sample in data.samples) for split in splits}
-

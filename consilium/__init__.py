@@ -1,8 +1,8 @@
 """Consilium: federated learning for medical imaging. The command is a thin layer over these functions.
 
-    from consilium import Job, load_job, run
-    result = run("simulations/jobs/chest.toml", data="demo/cohort", baselines=True)
-    result.table()
+from consilium import Job, load_job, run
+result = run("simulations/jobs/chest.toml", data="demo/cohort", baselines=True)
+result.table()
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from shared.config import Job, load_job
     from simulations.result import Result
 
-_HOMES = {"run": "consilium.notebook", "Result": "simulations.result", "Job": "shared.config", "load_job": "shared.config"}
+_HOMES = {
+    "run": "consilium.notebook",
+    "Result": "simulations.result",
+    "Job": "shared.config",
+    "load_job": "shared.config",
+}
 __all__ = ["Job", "Result", "__version__", "load_job", "run"]
 
 

@@ -10,7 +10,7 @@ import click
 from shared import __version__
 from shared.errors import UserError
 
-SETTING = {"context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 100}}
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         sys.exit(1)
 
 
-@click.group(**SETTING)
+@click.group(context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="consilium")
 def commands() -> None:
     """Federated learning for medical imaging: hospitals train one model together, no image leaves any of them.
@@ -52,13 +52,19 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("job", type=Path)
-@click.option("--data", type=Path, required=True, help="Folder of the sites' images; see docs/researcher.md for layouts.")
+@click.option(
+    "--data", type=Path, required=True, help="Folder of the sites' images; see docs/researcher.md for layouts."
+)
 @click.option("--out", type=Path, help="Folder for everything the run writes.  [default: runs/NAME]")
-@click.option("--baselines", is_flag=True, help="Also train each site alone and all pooled, with the same gradient steps.")
+@click.option(
+    "--baselines", is_flag=True, help="Also train each site alone and all pooled, with the same gradient steps."
+)
 @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
 @click.option("--seed", type=int, help="Shorthand for --set seed=N.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the job; repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the job; repeatable."
+)
 def simulate(
     job: Path,
     data: Path,
@@ -136,9 +142,17 @@ def site() -> None:
 @site.command("check")
 @click.argument("file", type=Path, required=False)
 @click.option("--data", type=Path, help="A folder of images, where there is no site.toml yet.")
-@click.option("--format", "form", default="auto", show_default=True, help="auto, csv, folder, npz, coco-crops; dicom: any DICOM file below the folder, labels not needed.")
+@click.option(
+    "--format",
+    "form",
+    default="auto",
+    show_default=True,
+    help="auto, csv, folder, npz, coco-crops; dicom: any DICOM file below the folder, labels not needed.",
+)
 @click.option("--job", "job_file", type=Path, help="Check labels against this job's classes.")
-@click.option("--limit", type=float, help="Largest share of unreadable files that is still fit.  [default: site.toml's, or 0.05]")
+@click.option(
+    "--limit", type=float, help="Largest share of unreadable files that is still fit.  [default: site.toml's, or 0.05]"
+)
 def site_check(file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None) -> None:
     """Read every image of a site and say whether it is fit to join: nothing is sent anywhere.
 

@@ -108,7 +108,8 @@ def _remarks(name: str, event: dict[str, Any]) -> Iterator[str]:
         for site in event["sites"]:
             skipped = f", {site['skipped']} unreadable" if site["skipped"] else ""
             images = site["images"]
-            yield f"{site['name']}: {images['train']} training, {images['val']} validation, {images['test']} test images{skipped}"
+            counts = f"{images['train']} training, {images['val']} validation, {images['test']} test images"
+            yield f"{site['name']}: {counts}{skipped}"
     for item in event.get("dropped", []):
         yield f"{_label(name)}: {event['event']} {event.get('round', 0)}: {item['site']} not used: {item['reason']}"
     if event["event"] == "warning":

@@ -16,7 +16,10 @@ def print_result(result: Result) -> None:
     models = {"federated": scores["federated"]}
     models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
     models |= {f"only {name}": row for name, row in scores.get("local", {}).items()}
-    table = Table(title=f"{scores['job']['name']}: test images of all sites, best round by validation {best}", title_justify="left")
+    table = Table(
+        title=f"{scores['job']['name']}: test images of all sites, best round by validation {best}",
+        title_justify="left",
+    )
     table.add_column("model")
     for metric in metrics:
         table.add_column(f"{metric} [95 %]", justify="right")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from shared.cases import SPLITS
 from shared.config import Job
+from shared.sitefile import SITE_NAME
 from shared.tasks import Sums
 
 _FAILURES = {
@@ -48,7 +52,7 @@ def status(reply: Message | None) -> Mapping[str, object]:
         raise Dropped("no-reply")
     if reply.has_error():
         raise Dropped(_FAILURES.get(reply.error.code, "site-error"))
-    record = reply.content.config_records.get("status", {})
+    record: Mapping[str, object] = reply.content.config_records.get("status", ConfigRecord())
     if record and not record.get("ok"):
         raise Dropped(f"site-declined: {_word(record.get('code'))}")
     return record
@@ -58,6 +62,46 @@ def _word(code: object) -> str:
     """A code as a site may send it, cut to what a code can be, so that no text can ride on it."""
     text = str(code)[:40]
     return text if text and all(c.isascii() and (c.isalnum() or c == "-") for c in text) else "unnamed"
+
+
+class Facts(NamedTuple):
+    """What a site says of itself before the first round."""
+
+    name: str
+    images: dict[str, int]
+    classes: list[int]
+    skipped: int
+
+
+def admit_facts(reply: Message | None, job: Job, frozen: str, counted: int) -> Facts:
+    """Check a site's answer to the survey: same job, same frozen weights, sound counts.
+
+    ``frozen`` is the server's own digest of what does not travel, ``counted`` the number of class counts.
+
+    Raises:
+        Dropped: with the reason.
+    """
+    record = status(reply)
+    assert reply is not None
+    try:
+        metrics, facts = reply.content.metric_records["metrics"], reply.content.config_records["facts"]
+        counts = [metrics[f"images-{split}"] for split in SPLITS]
+        classes, skipped = metrics["classes"], metrics["skipped"]
+        theirs, name = (facts["job"], facts["frozen"]), str(record["site"])
+    except KeyError:
+        raise Dropped("wrong-records") from None
+    if not re.fullmatch(SITE_NAME, name):
+        raise Dropped("bad-name")
+    if theirs[0] != job.sha256:
+        raise Dropped("other-job")
+    if theirs[1] != frozen:
+        raise Dropped("other-frozen-weights")
+    if not isinstance(classes, list) or len(classes) != counted:
+        raise Dropped("wrong-records")
+    numbers = [*counts, skipped, *classes]
+    if not all(isinstance(number, int) and 0 <= number <= job.federation.max_examples for number in numbers):
+        raise Dropped("bad-weight")
+    return Facts(name, dict(zip(SPLITS, counts, strict=True)), list(classes), skipped)  # type: ignore[arg-type]
 
 
 def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surveyed: int) -> Update:
@@ -131,9 +175,12 @@ def admit_sums(reply: Message | None, template: Sums) -> Sums:
     if set(sums) != set(template):
         raise Dropped("wrong-names")
     for key, expected in template.items():
-        values = sums[key] if isinstance(sums[key], list) else [sums[key]]
-        if isinstance(sums[key], list) != isinstance(expected, list) or (isinstance(expected, list) and len(values) != len(expected)):  # type: ignore[arg-type]
+        if _length(sums[key]) != _length(expected):
             raise Dropped("wrong-shape")
-        if not all(math.isfinite(value) and value >= 0 for value in values):  # type: ignore[union-attr]
+        if not np.all(np.isfinite(sums[key]) & (np.asarray(sums[key]) >= 0)):
             raise Dropped("not-finite")
     return sums
+
+
+def _length(value: int | float | list[int] | list[float]) -> int:
+    return len(value) if isinstance(value, list) else -1

@@ -52,7 +52,9 @@ def dropped(events: list[Event]) -> list[dict[str, Any]]:
     return found
 
 
-def curve(events: list[Event], metric: str, split: str = "val", site: str | None = None) -> list[tuple[int, float, float, float]]:
+def curve(
+    events: list[Event], metric: str, split: str = "val", site: str | None = None
+) -> list[tuple[int, float, float, float]]:
     """(round, value, low, high) of a metric of the global model, over all sites or at one; NaN where there is none."""
     points = []
     for event in events:
@@ -61,4 +63,4 @@ def curve(events: list[Event], metric: str, split: str = "val", site: str | None
             row = rows.get(metric, {})
             values = [row.get(key) for key in ("value", "low", "high")]
             points.append((event["round"], *(math.nan if value is None else value for value in values)))
-    return points  # type: ignore[return-value]
+    return points

@@ -18,11 +18,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from server.admission import Dropped, Update, admit, admit_sums, status
+from server.admission import Dropped, Update, admit, admit_facts, admit_sums
 from server.aggregation import AGGREGATORS
 from server.store import Store, write_model, write_text
 from shared import __version__
-from shared.cases import SPLITS, derived_seed
+from shared.cases import derived_seed
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import Estimate
@@ -74,6 +74,7 @@ class Run:
         self.device = pick_device(job)
         empty = Dataset(torch.zeros(0).numpy(), ())
         self.template: Sums = self.task.collect(self.model, empty, job, torch.device("cpu"))
+        self.counted = len(self.task.count_classes(empty, job))
         self.places: list[Place] = []
         self.best = Best()
 
@@ -135,11 +136,17 @@ class Run:
         metrics = self.evaluate(self.best.arrays, self.best.round, "test")
         if not metrics["loss"].n:
             self.store.add("warning", text="no test image at any site: no test figure can be given")
-        return {"best_round": self.best.round, "seconds": round(seconds, 1), "sites": [place.name for place in self.places]}
+        return {
+            "best_round": self.best.round,
+            "seconds": round(seconds, 1),
+            "sites": [place.name for place in self.places],
+        }
 
     # ------------------------------------------------------------------ messages
 
-    def _exchange(self, kind: str, content: RecordDict, places: Iterable[Place], round_: int) -> Iterator[tuple[Place, Message | None]]:
+    def _exchange(
+        self, kind: str, content: RecordDict, places: Iterable[Place], round_: int
+    ) -> Iterator[tuple[Place, Message | None]]:
         """Send one content to the places, give each place's reply or None, in the order of the places.
 
         An engine that yields replies one by one in the order asked is read as it yields, so that one reply at a time is
@@ -150,9 +157,11 @@ class Run:
         replies = self.grid.send_and_receive(messages, timeout=self.job.federation.round_timeout)
         if not isinstance(replies, Iterator):
             by_node = {reply.metadata.src_node_id: reply for reply in replies}
-            replies = iter([by_node.get(place.node) for place in places])  # type: ignore[list-item]
+            ordered: Iterator[Message | None] = iter([by_node.get(place.node) for place in places])
+        else:
+            ordered = replies
         for place in places:
-            yield place, next(replies, None)
+            yield place, next(ordered, None)
 
     def _config(self, round_: int, **more: Any) -> ConfigRecord:
         return ConfigRecord({"round": round_, **more})
@@ -170,7 +179,7 @@ class Run:
         dropped: list[dict[str, str]] = []
         for node, reply in self._exchange(MessageType.QUERY, content, nodes, 0):
             try:
-                found.append(self._place(node.node, reply, own))
+                found.append(Place(node.node, *admit_facts(reply, self.job, own, self.counted)))
             except Dropped as reason:
                 dropped.append({"site": _site_name(reply) or node.name, "reason": str(reason)})
         self.places = sorted(found, key=lambda place: place.name)
@@ -181,22 +190,12 @@ class Run:
             raise RunFailed(f"two sites call themselves {twice!r}; give each site.toml a name of its own")
         self._require(len(names), dropped, "before the first round")
 
-    def _place(self, node: int, reply: Message | None, own_digest: str) -> Place:
-        record = status(reply)
-        assert reply is not None
-        metrics, facts = reply.content["metrics"], reply.content["facts"]
-        if facts["job"] != self.job.sha256:
-            raise Dropped("other-job")
-        if facts["frozen"] != own_digest:
-            raise Dropped("other-frozen-weights")
-        images = {split: int(metrics[f"images-{split}"]) for split in SPLITS}  # type: ignore[arg-type]
-        return Place(node, str(record["site"]), images, list(metrics["classes"]), int(metrics["skipped"]))  # type: ignore[arg-type]
-
     def _require(self, admitted: int, dropped: list[dict[str, str]], when: str) -> None:
         if admitted < self.job.federation.min_sites:
             reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
             raise RunFailed(
-                f"{when}, {admitted} sites are in order, federation.min_sites asks for {self.job.federation.min_sites} ({reasons})"
+                f"{when}, {admitted} sites are in order, federation.min_sites asks for "
+                f"{self.job.federation.min_sites} ({reasons})"
             )
 
     # ------------------------------------------------------------------ one round
@@ -204,7 +203,9 @@ class Run:
     def sample(self, number: int) -> list[Place]:
         """The sites of a round: all of them, or a share drawn from the job's seed; only those with training images."""
         able = [place for place in self.places if place.images["train"]]
-        count = max(math.ceil(self.job.federation.fraction * len(able) - 1e-9), min(self.job.federation.min_sites, len(able)))
+        count = max(
+            math.ceil(self.job.federation.fraction * len(able) - 1e-9), min(self.job.federation.min_sites, len(able))
+        )
         chosen = random.Random(derived_seed(self.job.seed, "sample", number)).sample(range(len(able)), count)
         return [able[i] for i in sorted(chosen)]
 
@@ -218,7 +219,7 @@ class Run:
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         config = self._config(number, **{"class-weights": [float(weight) for weight in class_weights]})
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})  # type: ignore[arg-type]
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})
         places = self.sample(number)
 
         def admitted() -> Iterator[tuple[float, Arrays]]:
@@ -229,7 +230,13 @@ class Run:
                     dropped.append({"site": place.name, "reason": str(reason)})
                     continue
                 trained.append(
-                    {"site": place.name, "weight": update.weight, "steps": update.steps, "images": update.images, "loss": update.loss}
+                    {
+                        "site": place.name,
+                        "weight": update.weight,
+                        "steps": update.steps,
+                        "images": update.images,
+                        "loss": update.loss,
+                    }
                 )
                 yield update.weight, update.arrays
 
@@ -244,7 +251,7 @@ class Run:
 
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": self._config(number, split=split)})  # type: ignore[arg-type]
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": self._config(number, split=split)})
         sums: dict[str, Sums] = {}
         dropped: list[dict[str, str]] = []
         asked = [place for place in self.places if place.images[split]]
@@ -270,9 +277,8 @@ class Run:
 def _site_name(reply: Message | None) -> str:
     if reply is None or reply.has_error():
         return ""
-    return str(reply.content.config_records.get("status", {}).get("site", ""))[:64]
+    return str(reply.content.config_records.get("status", ConfigRecord()).get("site", ""))[:64]
 
 
 def _rows(metrics: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
     return {name: vars(estimate) for name, estimate in metrics.items()}
-

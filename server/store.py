@@ -1,4 +1,4 @@
-"""The run folder: what happened, line by line in rounds.jsonl, and the files of a run, each written whole or not at all."""
+"""The run folder: what happened, line by line in rounds.jsonl, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=(
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within the block, ``listener`` hears every event of the runs of this thread as it is stored (progress displays)."""
+    """Within the block, ``listener`` hears every event of this thread's runs as it is stored (progress displays)."""
     token = _listeners.set((*_listeners.get(), listener))
     try:
         yield

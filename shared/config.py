@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shared.errors import UserError
 from shared.tasks import METRICS
@@ -45,8 +45,14 @@ class Data:
     channels: int = knob(1, "1 (grey) or 3 (colour)", low=1, high=3)
     size: int = knob(64, "images are fitted into size x size pixels, aspect kept", low=8, high=4096)
     frame: str = knob("middle", "which frame of a multi-frame file is used", choices=("first", "middle"))
-    normalise: str = knob("fixed", "fixed: one shift and scale for all; image: each to mean 0, sd 1; imagenet: as published weights want", choices=("fixed", "image", "imagenet"))
-    max_per_class: int = knob(0, "at most so many images per class and site for training, and for validation; 0 is no limit", low=0)
+    normalise: str = knob(
+        "fixed",
+        "fixed: one shift and scale for all; image: each to mean 0, sd 1; imagenet: as published weights want",
+        choices=("fixed", "image", "imagenet"),
+    )
+    max_per_class: int = knob(
+        0, "at most so many images per class and site for training, and for validation; 0 is no limit", low=0
+    )
     val_fraction: float = knob(0.1, "share of patients for validation, where no split is given", low=0.0, high=0.9)
     test_fraction: float = knob(0.2, "share of patients for testing, where no split is given", low=0.0, high=0.9)
     partition: str = knob(
@@ -66,7 +72,9 @@ class Augment:
     shift: float = knob(0.0, "random shift up to this share of the image", low=0.0, high=0.5)
     zoom: float = knob(0.0, "random scaling by up to this share", low=0.0, high=0.9)
     intensity: float = knob(0.0, "random brightness and contrast by up to this share", low=0.0, high=0.9)
-    colour: float = knob(0.0, "random saturation by up to this share and hue by a fifth of it (colour images)", low=0.0, high=0.9)
+    colour: float = knob(
+        0.0, "random saturation by up to this share and hue by a fifth of it (colour images)", low=0.0, high=0.9
+    )
 
 
 @dataclass(frozen=True)
@@ -79,27 +87,31 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    local_steps: int = knob(5, "gradient steps at each site in each round", low=1, high=1_000_000)
+    local_steps: int = knob(1, "gradient steps at each site in each round", low=1, high=1_000_000)
     batch_size: int = knob(32, "images per gradient step", low=1, high=65_536)
     optimizer: str = knob("adamw", "local optimiser", choices=("adamw", "sgd"))
-    learning_rate: float = knob(0.002, "peak learning rate", low=0.0, high=100.0)
+    learning_rate: float = knob(0.004, "peak learning rate", low=0.0, high=100.0)
     weight_decay: float = knob(0.001, "decoupled (adamw) or L2 (sgd) weight decay", low=0.0, high=10.0)
     momentum: float = knob(0.9, "Nesterov momentum of sgd", low=0.0, high=0.999)
     schedule: str = knob("cosine", "learning rate over the whole run", choices=("cosine", "constant"))
-    warmup: float = knob(0.05, "share of the run in which the learning rate rises to its peak", low=0.0, high=0.9)
+    warmup: float = knob(0.03, "share of the run in which the learning rate rises to its peak", low=0.0, high=0.9)
     keep_optimizer: bool = knob(True, "the site keeps its optimiser's moments from round to round")
-    class_weights: str = knob("balanced", "weigh the loss by inverse class frequency over all sites", choices=("none", "balanced"))
+    class_weights: str = knob(
+        "balanced", "weigh the loss by inverse class frequency over all sites", choices=("none", "balanced")
+    )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     precision: str = knob("float32", "bfloat16: autocast on devices that gain by it", choices=("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
 class Federation:
-    rounds: int = knob(60, "number of rounds", low=1, high=1_000_000)
+    rounds: int = knob(300, "number of rounds", low=1, high=1_000_000)
     min_sites: int = knob(1, "quorum: fewer admitted replies than this end the run", low=1, high=100_000)
     fraction: float = knob(1.0, "share of the sites that train in a round", low=0.0001, high=1.0)
     aggregator: str = knob("mean", "how replies become one model", choices=("mean",))
-    weighting: str = knob("examples", "a site counts by its training images, or each the same", choices=("examples", "equal"))
+    weighting: str = knob(
+        "examples", "a site counts by its training images, or each the same", choices=("examples", "equal")
+    )
     max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
     max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
     round_timeout: float = knob(3600.0, "seconds after which a round goes on without the sites still missing", low=1.0)
@@ -107,7 +119,9 @@ class Federation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    every: int = knob(5, "validate the global model at the sites every so many rounds, and after the last", low=1, high=1_000_000)
+    every: int = knob(
+        10, "validate the global model at the sites every so many rounds, and after the last", low=1, high=1_000_000
+    )
     best_metric: str = knob("auroc", "the validation metric that picks the best round")
     batch_size: int = knob(128, "images per forward pass", low=1, high=65_536)
 
@@ -164,7 +178,14 @@ class Job:
         return job_from_flat(self.flat() | {key.replace("__", "."): value for key, value in changes.items()})
 
 
-_TABLES = {"data": Data, "augment": Augment, "model": Model, "train": Train, "federation": Federation, "evaluation": Evaluation}
+_TABLES = {
+    "data": Data,
+    "augment": Augment,
+    "model": Model,
+    "train": Train,
+    "federation": Federation,
+    "evaluation": Evaluation,
+}
 RUN_PREFIX = "run."  # where a run's files lie; set by the engine, no part of the job or its hash
 
 
@@ -195,13 +216,13 @@ def _checked(key: str, value: Any, item: dataclasses.Field[Any]) -> Scalar:
         raise UserError(f"{key} = {value!r}: must be {names[kind]}, for example {json.dumps(item.default)}")
     meta = item.metadata
     if meta["choices"] and value not in meta["choices"]:
-        hint = nearest(value, meta["choices"])
+        hint = nearest(str(value), meta["choices"])
         raise UserError(f"{key} = {value!r}: must be one of {', '.join(meta['choices'])}{hint}")
     low, high = meta["low"], meta["high"]
     if kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
         allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
         raise UserError(f"{key} = {value!r}: must be {allowed}")
-    return value  # type: ignore[no-any-return]
+    return cast(Scalar, value)
 
 
 def job_from_flat(flat: Mapping[str, Any]) -> Job:
@@ -234,13 +255,17 @@ def _check_together(job: Job) -> None:
     metrics = METRICS[job.task]
     if job.evaluation.best_metric not in metrics:
         given = job.evaluation.best_metric
-        raise UserError(f"evaluation.best_metric = {given!r}: must be one of {', '.join(metrics)}{nearest(given, metrics)}")
+        raise UserError(
+            f"evaluation.best_metric = {given!r}: must be one of {', '.join(metrics)}{nearest(given, metrics)}"
+        )
     if job.data.channels == 2:
         raise UserError("data.channels = 2: must be 1 (grey) or 3 (colour)")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
     if job.data.multilabel and job.data.partition == "dirichlet":
-        raise UserError("data.partition = 'dirichlet': needs one label per image; use 'iid' or 'size' with data.multilabel")
+        raise UserError(
+            "data.partition = 'dirichlet': needs one label per image; use 'iid' or 'size' with data.multilabel"
+        )
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -70,7 +70,7 @@ def mean_independent(parts: Sequence[Estimate]) -> Estimate:
 
 
 def mean_dependent(parts: Sequence[Estimate]) -> Estimate:
-    """The plain mean of estimates from the same cases; the mean of the bounds, which is wide enough for any correlation."""
+    """The plain mean of estimates from the same cases; the mean of the bounds, wide enough for any correlation."""
     parts = [part for part in parts if part.n]
     if not parts:
         return NOTHING

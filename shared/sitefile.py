@@ -1,16 +1,16 @@
 """The site's own file, site.toml: who the site is, where its images lie, and what it calls things.
 
-    name = "hospital-north"
-    [data]
-    dir = "."                # folder of the images, relative to this file
-    format = "csv"           # auto, csv, folder, npz, coco-crops
-    csv = "labels.csv"       # path,label and optional patient, split, frame, box, key
-    [label_map]
-    "Verschattung" = "opacity"
-    [limits]
-    max_unreadable = 0.05
-    [cache]
-    dir = "cache"
+name = "hospital-north"
+[data]
+dir = "."                # folder of the images, relative to this file
+format = "csv"           # auto, csv, folder, npz, coco-crops
+csv = "labels.csv"       # path,label and optional patient, split, frame, box, key
+[label_map]
+"Verschattung" = "opacity"
+[limits]
+max_unreadable = 0.05
+[cache]
+dir = "cache"
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from shared.cases import SiteData
 from shared.config import nearest, read_toml
 from shared.errors import UserError
 
+SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 FORMATS = ("auto", "csv", "folder", "npz", "coco-crops")
 _KEYS: dict[str, dict[str, type]] = {
     "": {"name": str},
@@ -75,8 +76,10 @@ def _check(content: Mapping[str, Any]) -> None:
                 _check_value(key, name, item)
         else:
             _check_value("", key, value)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", content.get("name", "")):
-        raise UserError("name: give the site a short name of letters, digits, '.', '_' and '-', for example \"hospital-north\"")
+    if not re.fullmatch(SITE_NAME, content.get("name", "")):
+        raise UserError(
+            "name: give the site a short name of letters, digits, '.', '_' and '-', for example \"hospital-north\""
+        )
     form = content.get("data", {}).get("format", "auto")
     if form not in FORMATS:
         raise UserError(f"data.format = {form!r}: must be one of {', '.join(FORMATS)}{nearest(form, FORMATS)}")

@@ -49,7 +49,7 @@ def pick_device(job: Job) -> torch.device:
 
 
 def learning_rate(step: int, total: int, job: Job) -> float:
-    """The learning rate of gradient step ``step`` of ``total``: linear warm-up once, then cosine to zero or constant."""
+    """The learning rate of gradient step ``step`` of ``total``: one linear warm-up, then cosine to zero or constant."""
     warm = job.train.warmup * total
     if step < warm:
         return job.train.learning_rate * (step + 1) / (warm + 1)
@@ -82,7 +82,9 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate, decay = job.train.learning_rate, job.train.weight_decay
     if job.train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, rate, job.train.momentum, weight_decay=decay, nesterov=job.train.momentum > 0)
+        return torch.optim.SGD(
+            parameters, rate, job.train.momentum, weight_decay=decay, nesterov=job.train.momentum > 0
+        )
     return torch.optim.AdamW(parameters, rate, weight_decay=decay)
 
 
@@ -120,7 +122,8 @@ def train(
     if not len(data):
         raise SiteRefusal("no-training-images", "no image of this site is in the training split")
     device = pick_device(job)
-    model.to(device, memory_format=torch.channels_last)  # a fifth faster on CPUs, more on GPUs with bfloat16
+    model.to(device)
+    model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, more on GPUs
     optimizer = make_optimizer(model, job)
     if moments is not None:
         optimizer.load_state_dict(moments)

@@ -13,7 +13,7 @@ from shared.tasks import load_task
 
 
 def exchanged_names(model: nn.Module, job: Job) -> list[str]:
-    """Names of the parameters and buffers that travel, in the model's order: all, or the head if the backbone is frozen."""
+    """Names of the parameters and buffers that travel, in the model's order: all, or the head of a frozen backbone."""
     names = list(model.state_dict())
     if job.model.freeze == "backbone":
         prefix = load_task(job.task).head_prefix(job)
@@ -24,7 +24,10 @@ def exchanged_names(model: nn.Module, job: Job) -> list[str]:
 def exchanged(model: nn.Module, job: Job) -> dict[str, Tensor]:
     """Copies on the CPU of what travels; dtypes are kept, integer counters included."""
     state = model.state_dict()
-    return {name: state[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name in exchanged_names(model, job)}
+    return {
+        name: state[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name in exchanged_names(model, job)
+    }
 
 
 @torch.no_grad()

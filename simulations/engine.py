@@ -35,7 +35,11 @@ class LocalGrid(Grid):
     """
 
     def __init__(
-        self, pool: WorkerPool, nodes: Sequence[Mapping[str, Scalar]], run_config: Mapping[str, Scalar], priority: int = 0
+        self,
+        pool: WorkerPool,
+        nodes: Sequence[Mapping[str, Scalar]],
+        run_config: Mapping[str, Scalar],
+        priority: int = 0,
     ) -> None:
         self._pool, self._priority = pool, priority
         self._run = Run.create_empty(run_id=RUN_ID)

@@ -43,8 +43,8 @@ def partition(samples: Sequence[Sample], job: Job) -> list[list[int]]:
     empty = [i + 1 for i, site in enumerate(sites) if not any(samples[k].split == "train" for k in site)]
     if empty:
         raise UserError(
-            f"data.partition = {job.data.partition!r}: site {empty[0]} of {count} would get no training image; use fewer "
-            "sites, a larger data.partition_alpha or another data.partition_seed"
+            f"data.partition = {job.data.partition!r}: site {empty[0]} of {count} would get no training image; use "
+            "fewer sites, a larger data.partition_alpha or another data.partition_seed"
         )
     return sites
 
@@ -53,7 +53,9 @@ def _first_class(sample: Sample) -> int:
     return sample.target[0] if sample.target else -1
 
 
-def _deal(patients: dict[str, int], shares: Shares | None, count: int, generator: np.random.Generator) -> dict[str, int]:
+def _deal(
+    patients: dict[str, int], shares: Shares | None, count: int, generator: np.random.Generator
+) -> dict[str, int]:
     """Each patient's site: class by class, shuffled, by shares; without shares one by one in turn."""
     groups: dict[int, list[str]] = defaultdict(list)
     for patient, name in patients.items():
@@ -84,7 +86,7 @@ def _dirichlet(classes: list[int], job: Job, generator: np.random.Generator) -> 
 def _size(classes: list[int], job: Job, generator: np.random.Generator) -> Shares:
     """One draw for all classes: sites differ in size, not in their mix."""
     drawn = generator.dirichlet([job.data.partition_alpha] * job.data.partition_sites)
-    return {name: drawn for name in classes}
+    return dict.fromkeys(classes, drawn)
 
 
 _SHARES: dict[str, Callable[[list[int], Job, np.random.Generator], Shares]] = {

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -53,7 +54,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """``workers`` processes that run ``app`` (a ClientApp, or its name as ``module:attribute``); use as a context manager."""
+    """``workers`` processes that run ``app``, a ClientApp or its name as ``module:attribute``; a context manager."""
 
     def __init__(self, app: ClientApp | str, workers: int, threads: int = 1) -> None:
         self._app, self._threads = app, threads
@@ -134,9 +135,9 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
-        forkable = hasattr(os, "fork") and not torch.cuda.is_initialized()
+        forkable = hasattr(os, "fork") and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         # A CUDA context does not survive a fork; a spawned worker imports the app by name instead.
-        context = multiprocessing.get_context("fork" if forkable else "spawn")
+        context: Any = multiprocessing.get_context("fork" if forkable else "spawn")
         inherited = [ours, *(worker.pipe for worker in self._workers)] if forkable else []
         process = context.Process(target=_work, args=(theirs, inherited, self._app, self._threads), daemon=True)
         process.start()

@@ -43,7 +43,15 @@ class Result:
         models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
         models |= {f"local {name}": row for name, row in scores.get("local", {}).items()}
         return [
-            {"model": model, "tested on": place, "metric": metric, "value": part[metric], "low": low, "high": high, "n": part["n"][metric]}
+            {
+                "model": model,
+                "tested on": place,
+                "metric": metric,
+                "value": part[metric],
+                "low": low,
+                "high": high,
+                "n": part["n"][metric],
+            }
             for model, score in models.items()
             for place, part in {"all sites": score, **score.get("sites", {})}.items()
             for metric, (low, high) in part.get("intervals", {}).items()
@@ -65,4 +73,4 @@ class Result:
 
     def _repr_html_(self) -> str:
         table = self.table()
-        return f"<p>{self.folder}</p>" + (table._repr_html_() if hasattr(table, "_repr_html_") else "")  # type: ignore[operator]
+        return f"<p>{self.folder}</p>" + (table._repr_html_() if hasattr(table, "_repr_html_") else "")

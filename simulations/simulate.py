@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from flwr.app import Context, RecordDict
 
 from server.app import app as server_app
@@ -109,7 +108,11 @@ def _fresh_folder(folder: Path) -> Path:
 
 def _node(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) -> dict[str, Scalar]:
     name = name or read_site(file).name
-    return {"site": os.pathsep.join(str(path.resolve()) for path in (file, *more)), "home": str((homes / name).resolve()), "name": name}
+    return {
+        "site": os.pathsep.join(str(path.resolve()) for path in (file, *more)),
+        "home": str((homes / name).resolve()),
+        "name": name,
+    }
 
 
 def _grid(

@@ -72,7 +72,9 @@ def _describe(folder: Path, job: Job, out: Path) -> Path:
     return file
 
 
-def _deal_out(data: Path, sites: Sequence[SiteData], samples: Sequence[list[Sample]], job: Job, out: Path) -> list[Path]:
+def _deal_out(
+    data: Path, sites: Sequence[SiteData], samples: Sequence[list[Sample]], job: Job, out: Path
+) -> list[Path]:
     """Write invented sites as a site.toml and a CSV each; the CSV is the record of the draw."""
     root = data.resolve()
     pool = [
@@ -98,6 +100,8 @@ def _deal_out(data: Path, sites: Sequence[SiteData], samples: Sequence[list[Samp
         folder = out / "sites" / name
         write_text(folder / "labels.csv", table.getvalue())
         places = json.dumps(str(root)), json.dumps(str((folder / "labels.csv").resolve()))
-        write_text(folder / "site.toml", f'name = "{name}"\n\n[data]\ndir = {places[0]}\nformat = "csv"\ncsv = {places[1]}\n')
+        write_text(
+            folder / "site.toml", f'name = "{name}"\n\n[data]\ndir = {places[0]}\nformat = "csv"\ncsv = {places[1]}\n'
+        )
         files.append(folder / "site.toml")
     return files

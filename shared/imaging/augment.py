@@ -32,7 +32,9 @@ def normalise(images: Tensor, job: Job) -> Tensor:
 def augmentation(job: Job) -> Callable[[Tensor], Tensor]:
     """A function that changes each image of a batch at random, drawing from torch's global generator."""
     settings = job.augment
-    if not any((settings.rotate, settings.shift, settings.zoom, settings.intensity, settings.colour, settings.flip != "none")):
+    if not any(
+        (settings.rotate, settings.shift, settings.zoom, settings.intensity, settings.colour, settings.flip != "none")
+    ):
         return lambda images: images
     from torchvision.transforms import InterpolationMode, v2
 
@@ -44,7 +46,9 @@ def augmentation(job: Job) -> Callable[[Tensor], Tensor]:
     if settings.rotate or settings.shift or settings.zoom:
         zoom = (1 - settings.zoom, 1 + settings.zoom)
         steps.append(
-            v2.RandomAffine(settings.rotate, (settings.shift, settings.shift), zoom, interpolation=InterpolationMode.BILINEAR)
+            v2.RandomAffine(
+                settings.rotate, (settings.shift, settings.shift), zoom, interpolation=InterpolationMode.BILINEAR
+            )
         )
     if settings.intensity or settings.colour:
         saturation, hue = (settings.colour, settings.colour / 5) if job.data.channels == 3 else (0.0, 0.0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.errors import SiteRefusal
-from shared.imaging.read import UnreadableImage, fit, read_image
+from shared.imaging.read import UnreadableImage, crop, fit, read_image
 
 CACHE_VERSION = 1  # raise it when decoding changes, so that old caches are not used
 
@@ -196,13 +196,3 @@ def _read(site: SiteData, sample: Sample) -> np.ndarray | UnreadableImage:
         return read_image(site.root / sample.path, frame=sample.frame, **more)  # type: ignore[arg-type]
     except UnreadableImage as error:
         return error
-
-
-def crop(image: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """The part of ``image`` inside ``box`` = (x, y, width, height) in pixels, clipped to the image."""
-    x, y, width, height = box
-    left, top = max(int(round(x)), 0), max(int(round(y)), 0)
-    part = image[top : max(int(round(y + height)), 0), left : max(int(round(x + width)), 0)]
-    if not part.size:
-        raise UnreadableImage("bad-crop", f"box {box} lies outside the image of {image.shape[1]} x {image.shape[0]} pixels")
-    return part

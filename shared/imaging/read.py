@@ -17,10 +17,21 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from shared.imaging.dicom import Picture, dicom_frame_count, frame_index, min_max, read_dicom
+from shared.imaging.dicom import dicom_frame_count, frame_index, read_dicom
+from shared.imaging.display import Picture, min_max
 from shared.imaging.errors import CODES, MAX_PIXELS, UnreadableImage, only_unreadable, require_bytes, silence
 
-__all__ = ["CODES", "Picture", "UnreadableImage", "fit", "frame_count", "is_image_name", "read_dicom", "read_image"]
+__all__ = [
+    "CODES",
+    "Picture",
+    "UnreadableImage",
+    "crop",
+    "fit",
+    "frame_count",
+    "is_image_name",
+    "read_dicom",
+    "read_image",
+]
 
 Array = npt.NDArray[Any]
 Box = tuple[float, float, float, float]
@@ -68,7 +79,7 @@ def read_image(path: Name, frame: int | str = "middle", box: Box | None = None, 
         picture = _ranged(pictures[frame_index(frame, len(pictures))])
     else:
         picture = _raster(path, kind, frame)
-    return picture if box is None else _crop(picture, box)
+    return picture if box is None else crop(picture, box)
 
 
 @only_unreadable
@@ -179,7 +190,12 @@ def _ranged(values: Array) -> Picture:
     return picture.astype(np.float32)
 
 
-def _crop(picture: Picture, box: Box) -> Picture:
+def crop(picture: Picture, box: Box) -> Picture:
+    """The part of a picture inside ``box`` = (x, y, width, height) in pixels.
+
+    Raises:
+        UnreadableImage: "bad-crop" if nothing is inside.
+    """
     x, y, width, height = (float(value) for value in box)
     if not all(map(math.isfinite, (x, y, width, height))) or width <= 0 or height <= 0:
         raise UnreadableImage("bad-crop", f"box {box}")

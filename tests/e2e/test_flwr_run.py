@@ -69,9 +69,22 @@ def test_flwr_run_gives_the_same_model_as_our_engine(
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
     federation = "num-supernodes=3 client-resources-num-cpus=1"
     try:
-        flwr("run", ".", "--stream", "--run-config", config, "--federation-config", federation, home=home, root=root, port=port)
+        flwr(
+            "run",
+            ".",
+            "--stream",
+            "--run-config",
+            config,
+            "--federation-config",
+            federation,
+            home=home,
+            root=root,
+            port=port,
+        )
         deadline = time.monotonic() + 60
-        while (status := json.loads(flwr("list", "--format", "json", home=home, root=root, port=port))["runs"][0]["status"]) == "running":
+        while (
+            status := json.loads(flwr("list", "--format", "json", home=home, root=root, port=port))["runs"][0]["status"]
+        ) == "running":
             assert time.monotonic() < deadline, status
             time.sleep(1)
     finally:

@@ -42,7 +42,9 @@ def twisted(victim: str, twist: Twist, kind: str = "train") -> ClientApp:
 
     def handle(message: Message, context: Context) -> Message:
         reply = real(message, context)
-        return twist(reply) if context.node_config["name"] == victim and message.metadata.message_type == kind else reply
+        return (
+            twist(reply) if context.node_config["name"] == victim and message.metadata.message_type == kind else reply
+        )
 
     app.query()(handle)
     app.train()(handle)
@@ -119,7 +121,8 @@ def honest_average(sites: Path, job: Job, tmp_path: Path, names: set[str]) -> di
             replies.append(real(Message(content, 2, "train"), context).content)
     weights = [reply["metrics"]["num-examples"] for reply in replies]
     return {
-        name: np.average([reply["arrays"][name].numpy() for reply in replies], axis=0, weights=weights) for name in initial
+        name: np.average([reply["arrays"][name].numpy() for reply in replies], axis=0, weights=weights)
+        for name in initial
     }
 
 
@@ -159,7 +162,9 @@ def test_below_the_quorum_the_run_ends_and_keeps_its_rounds(three_sites: Path, t
 
     out = tmp_path / "out"
     job = tiny_job.replace(federation__min_sites=3)
-    with pytest.raises(RunFailed, match=r"round 2, 2 sites are in order, federation.min_sites asks for 3 \(b: site-error\)"):
+    with pytest.raises(
+        RunFailed, match=r"round 2, 2 sites are in order, federation.min_sites asks for 3 \(b: site-error\)"
+    ):
         federate(twisted("b", fails_in_round_two), three_sites, job, out)
     events = read_events(out)
     assert [event["round"] for event in events if event["event"] == "round"] == [1, 2]
@@ -237,7 +242,9 @@ def test_the_best_round_is_kept(metric: str, script: list[float], best: int, tin
     assert load_file(tmp_path / "model.safetensors")["w"].item() == best
 
 
-def test_without_validation_images_the_last_round_is_kept_and_said(tiny_job: Job, three_sites: Path, tmp_path: Path) -> None:
+def test_without_validation_images_the_last_round_is_kept_and_said(
+    tiny_job: Job, three_sites: Path, tmp_path: Path
+) -> None:
     for table in three_sites.glob("*/labels.csv"):
         table.write_text(table.read_text().replace(",val", ",train"))
     out = tmp_path / "out"

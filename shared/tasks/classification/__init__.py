@@ -5,4 +5,15 @@ from shared.tasks.classification.learning import class_weights, collect, count_c
 from shared.tasks.classification.metrics import summarise
 from shared.tasks.classification.models import build_model, check, head_prefix
 
-__all__ = ["build_model", "check", "class_weights", "collect", "count_classes", "head_prefix", "load", "read_samples", "step", "summarise"]
+__all__ = [
+    "build_model",
+    "check",
+    "class_weights",
+    "collect",
+    "count_classes",
+    "head_prefix",
+    "load",
+    "read_samples",
+    "step",
+    "summarise",
+]

@@ -67,7 +67,9 @@ def _target(text: str, where: str, site: SiteData, job: Job) -> tuple[int, ...]:
     return tuple(sorted(set(target)))
 
 
-def _sample(job: Job, path: str, target: tuple[int, ...], patient: str, split: str | None = None, **more: object) -> Sample:
+def _sample(
+    job: Job, path: str, target: tuple[int, ...], patient: str, split: str | None = None, **more: object
+) -> Sample:
     split = split or split_of(patient, job.data.val_fraction, job.data.test_fraction)
     return Sample(path, target, patient, split, **{"frame": 0 if job.data.frame == "first" else "middle"} | more)  # type: ignore[arg-type]
 
@@ -158,7 +160,9 @@ def _from_npz(site: SiteData, job: Job) -> Iterator[Sample]:
                     for word in words
                 ]
                 target = _target("|".join(names), where, site, job)
-                yield _sample(job, path.name, target, f"{path.name}:{split}:{index}", split, frame=index, key=f"{split}_images")
+                yield _sample(
+                    job, path.name, target, f"{path.name}:{split}:{index}", split, frame=index, key=f"{split}_images"
+                )
 
 
 def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
@@ -173,7 +177,9 @@ def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
             file = f"images/{image['file_name']}" if (site.root / "images").is_dir() else image["file_name"]
             target = _target(names[item["category_id"]], f"{path} annotation {item['id']}", site, job)
             patient = str(image.get("patient", file))
-            yield _sample(job, file, target, patient, split_word(image.get("split", "")), box=tuple(map(float, item["bbox"])))
+            yield _sample(
+                job, file, target, patient, split_word(image.get("split", "")), box=tuple(map(float, item["bbox"]))
+            )
     except FileNotFoundError:
         raise SiteRefusal("no-data", f"{path}: no such file") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -181,7 +187,7 @@ def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
 
 
 def _capped(samples: Iterable[Sample], limit: int) -> list[Sample]:
-    """At most ``limit`` training and validation samples per class each, picked by hash so that adding files changes few."""
+    """At most ``limit`` samples per class for training, and for validation, picked by hash: new files change few."""
     groups: dict[tuple[str, tuple[int, ...]], list[Sample]] = defaultdict(list)
     kept = []
     for sample in samples:

@@ -61,7 +61,7 @@ def class_weights(counts: Sequence[int], job: Job) -> list[float]:
 def count_classes(data: Dataset, job: Job) -> list[int]:
     """Training images per class; multi-label: images per label and, last, the number of images."""
     counts = [sum(k in sample.target for sample in data.samples) for k in range(len(job.classes))]
-    return counts + [len(data)] if job.data.multilabel else counts
+    return [*counts, len(data)] if job.data.multilabel else counts
 
 
 @torch.inference_mode()

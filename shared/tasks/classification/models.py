@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from shared.cases import derived_seed
 from shared.config import Job, nearest
 from shared.errors import UserError
-from shared.cases import derived_seed
 
 
 class Cnn(nn.Sequential):
@@ -27,7 +27,11 @@ class Cnn(nn.Sequential):
         for stage, out in enumerate((width, 2 * width, 4 * width)):
             for inner in (channels, out):
                 step = stride if not layers else 1
-                layers += [nn.Conv2d(inner, out, 3, step, padding=1, bias=False), nn.GroupNorm(math.gcd(8, out), out), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(inner, out, 3, step, padding=1, bias=False),
+                    nn.GroupNorm(math.gcd(8, out), out),
+                    nn.ReLU(),
+                ]
             layers.append(nn.MaxPool2d(2, ceil_mode=True) if stage < 2 else nn.AdaptiveAvgPool2d(1))
             channels = out
         super().__init__()
@@ -118,10 +122,8 @@ def _adapt_first(model: nn.Module, channels: int) -> None:
     parent, name, old = _first(model)
     if old.in_channels == channels:
         return
-    new = nn.Conv2d(
-        channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None  # type: ignore[arg-type]
-    )
-    setattr(parent, name, new)
+    shape: dict[str, Any] = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding")}
+    setattr(parent, name, nn.Conv2d(channels, old.out_channels, **shape, bias=old.bias is not None))
 
 
 def _replace_head(model: nn.Module, head: str, classes: int) -> None:
@@ -140,13 +142,19 @@ def _load_weights(model: nn.Module, job: Job, head: str) -> None:
         # The sum over the colour channels answers a grey image as the original would answer it shown in colour.
         given[f"{path}.weight"] = weight.sum(1, keepdim=True)
     own = model.state_dict()
-    wrong = [name for name in own if not name.startswith(head) and (name not in given or given[name].shape != own[name].shape)]
+    wrong = [
+        name
+        for name in own
+        if not name.startswith(head) and (name not in given or given[name].shape != own[name].shape)
+    ]
     if wrong:
         raise UserError(
-            f"model.weights = {job.model.weights!r}: does not fit {job.model.name}: {len(wrong)} layers are missing or of "
-            f"another shape, first {wrong[0]}"
+            f"model.weights = {job.model.weights!r}: does not fit {job.model.name}: {len(wrong)} layers are missing or "
+            f"of another shape, first {wrong[0]}"
         )
-    model.load_state_dict({name: given[name] if name in given and given[name].shape == own[name].shape else own[name] for name in own})
+    model.load_state_dict(
+        {name: given[name] if name in given and given[name].shape == own[name].shape else own[name] for name in own}
+    )
 
 
 def _read_weights(job: Job) -> dict[str, Tensor]:
@@ -157,7 +165,7 @@ def _read_weights(job: Job) -> dict[str, Tensor]:
             if path.suffix == ".safetensors":
                 from safetensors.torch import load_file
 
-                return load_file(path)
+                return dict(load_file(path))
             return dict(torch.load(path, map_location="cpu", weights_only=True))
         except FileNotFoundError:
             raise UserError(f"model.weights = {text!r}: no such file") from None
@@ -170,11 +178,15 @@ def _torchvision_weights(text: str, job: Job) -> dict[str, Tensor]:
     import torchvision
 
     if job.model.name == "cnn":
-        raise UserError(f"model.weights = {text!r}: cnn has no published weights; give a file or take a torchvision model")
+        raise UserError(
+            f"model.weights = {text!r}: cnn has no published weights; give a file or take a torchvision model"
+        )
     known = torchvision.models.get_model_weights(job.model.name)
     name = text.rpartition(".")[2]
     if name not in known.__members__:
-        raise UserError(f"model.weights = {text!r}: no such file, and {job.model.name} has {', '.join(known.__members__)}")
+        raise UserError(
+            f"model.weights = {text!r}: no such file, and {job.model.name} has {', '.join(known.__members__)}"
+        )
     try:
         return dict(known[name].get_state_dict(progress=False, check_hash=True))
     except OSError as error:

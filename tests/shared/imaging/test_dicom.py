@@ -34,7 +34,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from shared.imaging import dicom, errors
+from shared.imaging import apart, dicom, errors, stored
 from shared.imaging.dicom import DECODERS, dicom_frame_count, read_dicom
 from shared.imaging.errors import CODES, MAX_PIXELS, UnreadableImage
 
@@ -211,7 +211,7 @@ def test_a_missing_slope_counts_as_one(tmp_path: Path) -> None:
     assert np.array_equal(picture, read_dicom(write(tmp_path / "c.dcm", stored, RescaleSlope=0, **tags)))
 
 
-@pytest.mark.parametrize(("centre", "width"), [(100, 50), (100.5, 1), (2, 2), (-20, 300.5), (127, 1e6)])
+@pytest.mark.parametrize(("centre", "width"), [(100, 50), (100, 1), (100.5, 1), (2, 2), (-20, 300.5), (127, 1e6)])
 @pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID", "sigmoid", "ODD"])
 def test_window_functions(tmp_path: Path, centre: float, width: float, function: str | None) -> None:
     stored = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -484,7 +484,7 @@ def test_jpeg_is_decoded_by_pillow_whatever_else_is_installed(tmp_path: Path, mo
     other = dict(get_decoder(JPEGBaseline8Bit)._available, pylibjpeg=lambda src, runner: bytearray(32 * 40))
     monkeypatch.setattr(get_decoder(JPEGBaseline8Bit), "_available", other)
     assert np.allclose(read_dicom(path), wanted, atol=EXACT)
-    monkeypatch.setattr(dicom, "call_apart", lambda function, *where: dicom._try_apart(*where))
+    monkeypatch.setattr(stored, "call_apart", lambda function, *where: stored._try_apart(*where))
     monkeypatch.setattr(get_decoder(JPEGBaseline8Bit), "_available", {"pylibjpeg": other["pylibjpeg"]})
     assert not read_dicom(path).any()  # and it is used where it is the only one
     monkeypatch.setattr(get_decoder(JPEGBaseline8Bit), "_available", {})
@@ -526,6 +526,10 @@ def test_codes(tmp_path: Path) -> None:
     assert code(write(tmp_path / "c.dcm", stored, Rows=37)) == "truncated"
     assert code(write(tmp_path / "c.dcm", stored, NumberOfFrames=2)) == "truncated"
     assert code(write(tmp_path / "c.dcm", stored, Rows=40000, Columns=40000)) == "too-large"
+    for name in ("Rows", "Columns", "SamplesPerPixel"):
+        for bits in (1, 16):
+            path = write(tmp_path / "c.dcm", stored, **{name: 0, "BitsAllocated": bits, "BitsStored": bits})
+            assert code(path) == "corrupt"
     assert MAX_PIXELS < 40000**2
     assert code(write(tmp_path / "c.dcm", stored, PhotometricInterpretation="MONOCHROME2", BitsStored=17)) == "corrupt"
     for syntax in COMPRESSED:
@@ -551,14 +555,15 @@ def test_a_decoder_that_dies_costs_one_picture(shared_data: Callable[[str], Path
 
 
 def test_a_helper_that_is_killed_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors, "PATIENCE", 0.5)
+    monkeypatch.setattr(apart, "PATIENCE", 0.5)
     for function in ("os:abort", "time:sleep"):
         with pytest.raises(UnreadableImage) as caught:
-            errors.call_apart(function, *([60] if function == "time:sleep" else []))
+            apart.call_apart(function, *([60] if function == "time:sleep" else []))
         assert caught.value.code == "corrupt"
         assert "died" in caught.value.detail
+    monkeypatch.setattr(apart, "PATIENCE", 30.0)
     with pytest.raises(UnreadableImage) as caught:
-        errors.call_apart("os:stat", "/nowhere/at/all")
+        apart.call_apart("os:stat", "/nowhere/at/all")
     assert caught.value.code == "not-found"
 
 
@@ -591,7 +596,7 @@ def test_a_folder_is_not_read(tmp_path: Path) -> None:
 
 def test_a_jp2_box_of_length_0_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pydicom 3.0.2 would walk its boxes for ever."""
-    monkeypatch.setattr(errors, "PATIENCE", 3.0)
+    monkeypatch.setattr(apart, "PATIENCE", 3.0)
     ds = header(JPEG2000Lossless, sample(8, False))
     ds.PixelData = encapsulate([b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 40])
     ds["PixelData"].VR = "OB"
@@ -618,6 +623,19 @@ def test_nothing_of_the_header_leaves_with_the_exception(
     assert error.__context__ is None
     assert pickle.loads(pickle.dumps(error)).code == error.code
     assert "Secret" not in caplog.text
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """pydicom logs what its decoders say, and a log handler may send it on."""
+    ds = header(JPEGBaseline8Bit, sample(8, False))
+    ds.PixelData = encapsulate([b"Secret^Name"])
+    ds["PixelData"].VR = "OB"
+    ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    logging.getLogger("pydicom").setLevel(logging.DEBUG)
+    with caplog.at_level(logging.DEBUG):
+        assert code(tmp_path / "a.dcm") == "corrupt"
+    assert not caplog.records
     assert capfd.readouterr() == ("", "")
 
 

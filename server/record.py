@@ -1,0 +1,187 @@
+"""A run as the report tells it: what its folder holds, and the words and numbers it is told in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from server.results import run_scores
+from server.store import Event, read_events
+from shared.config import Job, job_from_flat, load_job
+from shared.tasks import METRICS, Sums, add_sums
+
+# Why a reply was not used: the words of server/admission.py, and the codes of sites that decline.
+REASONS = {
+    "no-reply": "the site did not answer in time",
+    "site-error": "the site’s program failed",
+    "app-did-not-load": "the site’s program could not be started",
+    "site-gone": "the site was no longer connected",
+    "site-crashed": "the site’s program broke off",
+    "wrong-records": "the reply was not in the agreed form",
+    "bad-name": "the site’s name is not one that a site may have",
+    "bad-weight": "the site named an impossible number of training images",
+    "wrong-names": "the reply’s parts have other names than asked for",
+    "undecodable": "the reply could not be decoded",
+    "wrong-shape": "a part of the reply has the wrong size",
+    "wrong-dtype": "a part of the reply has the wrong number type",
+    "not-finite": "the reply holds numbers that are not finite or not allowed",
+    "too-far": "the site’s change of the model is larger than the job allows",
+    "other-job": "the site runs another job",
+    "other-frozen-weights": "the site starts from other pretrained weights",
+    "no-site": "the site has no site.toml",
+    "no-data": "the site found no labelled images",
+    "bad-table": "the site’s table of images is not in order",
+    "missing-files": "the site’s table names files that are not there",
+    "unknown-label": "the site has a label that is no class of the job",
+    "too-many-unreadable": "too many of the site’s images cannot be read",
+    "no-cache": "the site cannot write its image cache",
+    "no-training-images": "the site has no images for training",
+    "diverged": "the training loss at the site is no longer a number",
+    "bad-configuration": "the site’s settings are wrong",
+    "internal-error": "something unforeseen failed at the site",
+    "unnamed": "the site gave no readable reason",
+}
+DECLINED = "site-declined: "
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as it lies in its folder. ``scores`` is result.json, or the same taken from the events where it lacks."""
+
+    folder: Path
+    job: Job
+    events: list[Event]
+    baselines: dict[str, list[Event]]
+    scores: dict[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """The metric that picked the model, and that the pictures show."""
+        return self.job.evaluation.best_metric
+
+    @property
+    def sign(self) -> int:
+        """1 where a larger value of ``metric`` is better, -1 where a smaller one is."""
+        return METRICS[self.job.task][self.metric]
+
+    @cached_property
+    def survey(self) -> Event:
+        """Who answered before the first round, and who did not."""
+        return self._last("survey") or {"sites": [], "dropped": []}
+
+    @cached_property
+    def test(self) -> Event | None:
+        """The final evaluation, if the run came so far."""
+        return self._last("evaluation", "test")
+
+    @cached_property
+    def rounds(self) -> dict[int, Event]:
+        """The training rounds; of a round that was repeated, the last."""
+        return {event["round"]: event for event in self.events if event["event"] == "round"}
+
+    @cached_property
+    def test_sums(self) -> Sums:
+        """The sums behind the test figures, added over the sites."""
+        return add_sums((self.test or {}).get("sums", {}).values())
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites of the run, in the order of the survey."""
+        return [str(site["name"]) for site in self.survey["sites"]]
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Scores of every trained model, by what it is called in the report."""
+        found = {"Federated": self.scores["federated"]}
+        found |= {"All data in one place": self.scores["pooled"]} if "pooled" in self.scores else {}
+        return found | {f"Only {name}": scores for name, scores in self.scores.get("local", {}).items()}
+
+    @property
+    def worst(self) -> str:
+        """The site where the federated model does worst on the test images; nothing where there are not several."""
+        sites = {name: s for name, s in self.scores["federated"].get("sites", {}).items() if has(s, self.metric)}
+        return min(sites, key=lambda name: self.sign * sites[name][self.metric]) if len(sites) > 1 else ""
+
+    def metrics(self, parts: bool = False) -> list[str]:
+        """The metrics of the test, the one that picked the model first; ``parts``: those of single classes instead."""
+        found = [name for name in self.scores["federated"].get("n", {}) if (":" in name) == parts]
+        return sorted(found, key=lambda name: name != self.metric)
+
+    def best_first(self, models: dict[str, dict[str, Any]]) -> list[str]:
+        """Names of models, from the best test figure to the worst; those without one last."""
+
+        def order(name: str) -> float:
+            return -self.sign * models[name][self.metric] if has(models[name], self.metric) else math.inf
+
+        return sorted(models, key=order)
+
+    def _last(self, kind: str, split: str = "") -> Event | None:
+        found = [e for e in self.events if e["event"] == kind and (not split or e.get("split") == split)]
+        return found[-1] if found else None
+
+
+def read_record(folder: Path) -> Record:
+    """Read a run folder; a run by ``flwr run`` has no result.json."""
+    others = {"pooled": folder / "baselines" / "pooled"} if (folder / "baselines" / "pooled").is_dir() else {}
+    others |= {path.name.removeprefix("local-"): path for path in sorted(folder.glob("baselines/local-*"))}
+    if (folder / "result.json").exists():
+        scores = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    else:
+        scores = {"federated": run_scores(folder)}
+    own = folder / "job.toml"
+    job = load_job(own) if own.exists() else job_from_flat(scores["job"])
+    return Record(folder, job, read_events(folder), {name: read_events(path) for name, path in others.items()}, scores)
+
+
+# ---------------------------------------------------------------------- words and numbers
+
+
+def metric_name(metric: str, start: bool = False) -> str:
+    """``auroc:WBC`` as AUROC WBC, ``balanced_accuracy`` as balanced accuracy; ``start``: with a capital."""
+    name, _, part = metric.partition(":")
+    name = "AUROC" if name == "auroc" else name.replace("_", " ")
+    return f"{name[0].upper() + name[1:] if start else name}{' ' if part else ''}{part}"
+
+
+def number(value: float | None) -> str:
+    """Three decimals, no leading zero; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{abs(value):.3f}"
+    return ("−" if value < 0 and float(text) else "") + text.removeprefix("0")
+
+
+def with_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """``.940 [.911, .960]``."""
+    return f"{number(value)} [{number(low)}, {number(high)}]" if number(value) != "–" else "–"
+
+
+def has(scores: dict[str, Any], metric: str) -> bool:
+    """Whether there is a figure of ``metric``; a site without one of the classes has no AUROC."""
+    return number(scores.get(metric)) != "–"
+
+
+def count(n: int, what: str, several: str = "") -> str:
+    """``1 site``, ``1,200 images``."""
+    return f"{n:,} {what if n == 1 else several or f'{what}s'}"
+
+
+def spans(rounds: Iterable[int]) -> str:
+    """``1, 4–7`` for 1, 4, 5, 6, 7."""
+    found: list[list[int]] = []
+    for one in sorted(set(rounds)):
+        if found and one == found[-1][1] + 1:
+            found[-1][1] = one
+        else:
+            found.append([one, one])
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in found)
+
+
+def reason_words(reason: str) -> str:
+    """A reason in plain words; one that is not known as it stands."""
+    return REASONS.get(str(reason).removeprefix(DECLINED), str(reason))

@@ -1,0 +1,179 @@
+"""The command as a person meets it: fast help, one line per mistake, exit codes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.config import Job
+
+CONSILIUM = Path(sys.executable).parent / "consilium"
+
+
+def consilium(*args: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [CONSILIUM, *map(str, args)], capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=300
+    )
+
+
+@pytest.fixture
+def job_file(tiny_job: Job, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny_job.toml())
+    return path
+
+
+def test_help_answers_within_half_a_second_and_does_not_import_torch() -> None:
+    took = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert "Federated learning for medical imaging" in consilium("--help").stdout
+        took.append(time.monotonic() - started)
+    assert min(took) < 0.5
+    code = "import sys, consilium.cli; sys.exit(bool({'torch', 'flwr', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_simulate_ends_with_a_table_and_the_path_of_the_report(
+    job_file: Path, three_sites: Path, tmp_path: Path
+) -> None:
+    done = consilium("simulate", job_file, "--data", three_sites, "--baselines", "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    for word in ("federated", "pooled", "only a", "auroc", f"report: {tmp_path / 'o' / 'report.html'}"):
+        assert word in done.stdout, word
+    assert {path.name for path in (tmp_path / "o").iterdir()} >= {
+        "job.toml", "result.json", "report.html", "rounds.jsonl", "model.safetensors", "last.safetensors",
+    }  # fmt: skip
+
+
+def broken(kind: str, sites: Path) -> tuple[list[str], str]:
+    """Spoil the input in one way; gives extra arguments and what the one line must name."""
+    table = sites / "b" / "labels.csv"
+    match kind:
+        case "unknown key":
+            return ["--set", "train.batch_sise=4"], "did you mean 'train.batch_size'"
+        case "wrong type":
+            return ["--set", "train.batch_size=many"], "train.batch_size"
+        case "bad choice":
+            return ["--set", "train.optimizer=adamm"], "did you mean 'adamw'"
+        case "unknown model":
+            return ["--set", "model.name=resnet81"], "resnet18"
+        case "unknown metric":
+            return ["--set", "evaluation.best_metric=aurok"], "did you mean 'auroc'"
+        case "label not in the map":
+            table.write_text(table.read_text().replace(",left,", ",links,", 1))
+            return [], "label 'links'"
+        case "class folder empty":
+            shutil.rmtree(sites)
+            for name in ("left", "right"):
+                (sites / "a" / name).mkdir(parents=True)
+            return [], "holds no image"
+        case "absent files":
+            (sites / "b" / "images" / "3.png").unlink()
+            return [], "images/3.png"
+        case "same name twice":
+            (sites / "b" / "site.toml").write_text((sites / "a" / "site.toml").read_text())
+            return [], "two sites are named 'a'"
+        case "site file wrong":
+            (sites / "b" / "site.toml").write_text('nam = "b"\n')
+            return [], "did you mean 'name'"
+        case "no sites":
+            shutil.rmtree(sites)
+            sites.mkdir()
+            return [], "no images found"
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "unknown key", "wrong type", "bad choice", "unknown model", "unknown metric", "label not in the map",
+        "class folder empty", "absent files", "same name twice", "site file wrong", "no sites",
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(kind: str, job_file: Path, three_sites: Path, tmp_path: Path) -> None:
+    extra, named = broken(kind, three_sites)
+    done = consilium("simulate", job_file, "--data", three_sites, "--out", tmp_path / "o", *extra)
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("consilium: ")
+    assert named in done.stderr
+
+
+def test_missing_files_are_one_line_and_exit_code_2(job_file: Path, tmp_path: Path) -> None:
+    for args in (["nowhere.toml", "--data", tmp_path], [job_file, "--data", tmp_path / "nowhere"]):
+        done = consilium("simulate", *args, "--out", tmp_path / "o")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "nowhere" in done.stderr
+        assert "no such" in done.stderr
+
+
+def test_no_permission_to_write_is_one_line_and_exit_code_2(job_file: Path, three_sites: Path) -> None:
+    # /proc refuses every new folder, even to root, who may write anywhere else
+    done = consilium("simulate", job_file, "--data", three_sites, "--out", "/proc/consilium/o")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "/proc/consilium/o" in done.stderr
+
+
+def test_a_lost_quorum_is_one_line_and_exit_code_1(job_file: Path, three_sites: Path, tmp_path: Path) -> None:
+    for image in (three_sites / "b" / "images").iterdir():
+        image.write_bytes(b"not a picture")
+    args = ["simulate", job_file, "--data", three_sites, "--out", tmp_path / "o"]
+    done = consilium(*args, "--set", "federation.min_sites=3")
+    assert done.returncode == 1
+    assert "the run failed" in done.stderr
+    assert "b: site-declined: too-many-unreadable" in done.stderr
+    assert "images/0.png" in (tmp_path / "o" / "sites" / "b" / "site.log").read_text()
+    assert "min_sites" in (tmp_path / "o" / "report.html").read_text()
+    good = consilium(*args, "--set", "federation.min_sites=2")
+    assert good.returncode == 0
+    assert "b not used: site-declined: too-many-unreadable" in good.stdout
+
+
+def test_job_prints_every_setting_and_a_hash_that_follows_the_content(job_file: Path, tiny_job: Job) -> None:
+    printed = consilium("job", job_file).stdout
+    assert tiny_job.sha256 in printed
+    assert "local_steps = 2" in printed
+    changed = consilium("job", job_file, "--set", "train.local_steps=3").stdout
+    assert "local_steps = 3" in changed
+    assert tiny_job.sha256 not in changed
+
+
+def test_every_shipped_job_is_valid(root: Path) -> None:
+    jobs = sorted((root / "simulations" / "jobs").glob("*.toml"))
+    assert len(jobs) >= 3
+    for path in jobs:
+        done = consilium("job", path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_cohort_make_then_check_a_site_of_it(tmp_path: Path, root: Path) -> None:
+    made = consilium("cohort", "make", tmp_path / "cohort", "--patients", 6)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("images of 6 patients") == 3
+    site = next((tmp_path / "cohort").glob("*/site.toml"))
+    checked = consilium("site", "check", site, "--job", root / "simulations" / "jobs" / "chest.toml")
+    assert "can be read" in checked.stdout
+    assert "opacity" in checked.stdout
+
+
+def test_site_check_walks_odd_and_broken_dicom_without_crashing(shared_data: Callable[[str], Path]) -> None:
+    folder = shared_data("dicom_robustness")
+    done = consilium("site", "check", "--data", folder, "--format", "dicom")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    files = sum(path.is_file() for path in folder.rglob("*"))
+    named = [line for line in done.stdout.splitlines() if line.startswith("  cannot be read: ")]
+    head = done.stdout.splitlines()[0]
+    assert f"{files} images looked at, {files - len(named)} can be read" in head
+    assert "REFUSED" in done.stdout.splitlines()[-1]
+    lenient = consilium("site", "check", "--data", folder, "--format", "dicom", "--limit", "0.9")
+    assert lenient.returncode == 0
+    assert lenient.stdout.splitlines()[-1] == "FIT to join"
