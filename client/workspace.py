@@ -21,7 +21,7 @@ from torch import nn
 from shared.config import Job, Scalar
 from shared.errors import SiteRefusal
 from shared.imaging.dataset import Dataset, concatenate
-from shared.sitefile import read_site
+from shared.sitefile import OWN_FOLDER, read_site
 from shared.tasks import load_task
 
 
@@ -101,7 +101,7 @@ class Moments:
     """
 
     def __init__(self, home: Path, run_id: int) -> None:
-        self.folder = home / "state" / str(run_id)
+        self.folder = home / OWN_FOLDER / "state" / str(run_id)
 
     def _rounds(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.pt"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -9,33 +12,38 @@ from simulations.result import Result
 
 
 def print_result(result: Result) -> None:
-    """Print each model's test figures over all sites and per site, and where the report is."""
+    """Print each model's test figures over all sites, then the federated model's per site, and where the report is."""
     scores = result.scores
-    best = result.job.evaluation.best_metric
-    metrics = [name for name in scores["federated"].get("intervals", {}) if ":" not in name and name != "loss"]
-    models = {"federated": scores["federated"]}
+    federated = scores["federated"]
+    models = {"federated": federated}
     models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
     models |= {f"only {name}": row for name, row in scores.get("local", {}).items()}
-    table = Table(
-        title=f"{scores['job']['name']}: test images of all sites, best round by validation {best}",
-        title_justify="left",
-    )
-    table.add_column("model")
-    for metric in metrics:
-        table.add_column(f"{metric} [95 %]", justify="right")
-    table.add_column("n", justify="right")
-    table.add_column("steps", justify="right")
-    for name, row in models.items():
-        cells = [_cell(row, metric) for metric in metrics]
-        table.add_row(name, *cells, str(row.get("n", {}).get("accuracy", 0)), str(row["gradient_steps"]))
+    metrics = [name for name in federated.get("intervals", {}) if ":" not in name and name not in ("loss", "accuracy")]
     console = Console()
-    console.print(table)
+    if not metrics:
+        console.print("no test image at any site: there is no test figure", highlight=False)
+    else:
+        console.print(_table("model", f"{scores['job']['name']}: all sites' test images", metrics, models))
+        console.print(_table("site", "the federated model at each site", metrics, federated["sites"]))
+        note = f"95 % intervals in brackets; each model took {federated['gradient_steps']} gradient steps"
+        console.print(note if len(models) > 1 else note.replace("each", "the"), highlight=False)
     console.print(f"report: {result.report}", highlight=False, soft_wrap=True)
 
 
-def _cell(row: dict[str, object], metric: str) -> str:
+def _table(what: str, title: str, metrics: list[str], rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(what, overflow="fold")
+    for metric in metrics:
+        table.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *(_cell(row, metric) for metric in metrics), str(row.get("n", {}).get("accuracy", 0)))
+    return table
+
+
+def _cell(row: dict[str, Any], metric: str) -> str:
     value = row.get(metric)
     if value is None:
         return "–"
-    low, high = row["intervals"][metric]  # type: ignore[index]
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    low, high = row["intervals"][metric]
+    return f"{value:.3f} ({low:.3f}–{high:.3f})"

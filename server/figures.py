@@ -17,7 +17,19 @@ import numpy as np
 import plotly.graph_objects as go
 
 from server.outcome_figures import confusion, forest, roc
-from server.record import DECLINED, Record, metric_name, number, read_record, reason_words, with_interval
+from server.record import (
+    DECLINED,
+    FEDERATED,
+    ONLY,
+    POOLED,
+    SERVER,
+    Record,
+    metric_name,
+    number,
+    read_record,
+    reason_words,
+    with_interval,
+)  # fmt: skip
 from server.report_style import BAND, BLUE, GREEN, GREY, RED, SERIES, SYMBOLS, fit, new_figure, plain
 from server.results import curve
 from server.store import Event
@@ -60,35 +72,20 @@ def metric_by_round(record: Record) -> go.Figure | None:
     )
     figure = new_figure(420, caption, alt)
     x = [p[0] for p in points]
-    band: dict[str, list[Any]] = {"x": x + x[::-1], "y": [p[3] for p in points] + [p[2] for p in points][::-1]}
-    figure.add_scatter(
-        **band,
-        fill="toself",
-        fillcolor=BAND,
-        line={"width": 0},
-        hoverinfo="skip",
-        name="95 % interval",
-        mode="lines",
-        legendrank=2,
-    )
-    values = band["y"] + _add_baselines(
-        figure, {key: _points(events, record.metric) for key, events in record.baselines.items()}
-    )
-    own = curve([e | {"metrics": e["server"]} for e in record.events if "server" in e], record.metric)
+    values = [p[3] for p in points] + [p[2] for p in points][::-1]
+    look = {"fill": "toself", "fillcolor": BAND, "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip"}
+    figure.add_scatter(x=x + x[::-1], y=values, name="95 % interval", legendrank=2, **look)
+    curves = {key: _points(events, record.metric) for key, events in record.baselines.items()}
+    values += _add_baselines(figure, curves)
+    own = _points([e | {"metrics": e["server"]} for e in record.events if "server" in e], record.metric)
     if own:
-        figure.add_trace(_line(own, "Federated, server’s own images", RED, 1.5, dash="dot"))
+        figure.add_trace(_line(own, f"{FEDERATED}, {SERVER}", RED, 1.5, dash="dot"))
     mode = "lines+markers" if len(points) < 40 else "lines"
-    figure.add_trace(_line(points, "Federated", BLUE, 3, mode=mode, legendrank=1))
+    figure.add_trace(_line(points, FEDERATED, BLUE, 3, mode=mode, legendrank=1))
     if marked:
-        mark = {"symbol": "star", "size": 15, "color": RED}
+        mark, name_ = {"symbol": "star", "size": 15, "color": RED}, f"best round: {best}"
         figure.add_scatter(
-            x=[best],
-            y=[marked[0][1]],
-            mode="markers",
-            marker=mark,
-            name=f"best round: {best}",
-            hoverinfo="skip",
-            legendrank=3,
+            x=[best], y=[marked[0][1]], mode="markers", marker=mark, name=name_, hoverinfo="skip", legendrank=3
         )
     fit(figure, values + [p[1] for p in own])
     _round_axis(figure, min(x), max(x))
@@ -101,12 +98,12 @@ def _add_baselines(figure: go.Figure, curves: dict[str, list[Any]]) -> list[floa
     alone = {name: points for name, points in curves.items() if name != "pooled"}
     for place, (name, points) in enumerate(alone.items()):
         few = len(alone) <= 6
-        label = f"Only {plain(name)}" if few else f"each of {len(alone)} sites alone"
+        label = f"{ONLY}{plain(name)}" if few else f"each of {len(alone)} sites alone"
         dash = ("dot", "dash", "dashdot", "longdash", "longdashdot", "5px,2px")[place % 6] if few else "solid"
         trace = _line(points, label, GREY, 1.5 if few else 0.8, dash=dash, legendgroup=None if few else "alone")
         figure.add_trace(trace.update(showlegend=few or not place, opacity=1 if few else 0.6))
     if curves.get("pooled"):
-        figure.add_trace(_line(curves["pooled"], "All data in one place", GREEN, 2, dash="dash", legendrank=4))
+        figure.add_trace(_line(curves["pooled"], POOLED, GREEN, 2, dash="dash", legendrank=4))
     return [point[1] for points in curves.values() for point in points]
 
 
@@ -170,7 +167,7 @@ def training_loss(record: Record) -> go.Figure | None:
     alt = f"The training loss goes {_from_to(own)}."
     figure = new_figure(360, caption, alt)
     _add_baselines(figure, {name: points(events) for name, events in record.baselines.items()})
-    figure.add_trace(_line(own, "Federated", BLUE, 3, legendrank=1))
+    figure.add_trace(_line(own, FEDERATED, BLUE, 3, legendrank=1))
     _round_axis(figure, own[0][0], own[-1][0])
     figure.update_yaxes(title="training loss", rangemode="tozero")
     return figure
@@ -207,7 +204,8 @@ def participation(record: Record) -> go.Figure | None:
     bare = {"showgrid": False, "range": [len(names) - 0.5, -0.5]}
     figure.update_yaxes(tickvals=places, ticktext=labels, zeroline=False, **bare)
     bare["range"] = [numbers[0] - 0.5, numbers[-1] + 0.5]
-    figure.update_xaxes(title="round", tickformat="d", nticks=12, **bare)
+    step = 1 if len(numbers) <= 10 else None  # else Plotly would put ticks between rounds
+    figure.update_xaxes(title="round", tickformat="d", dtick=step, nticks=12, **bare)
     return figure
 
 
@@ -243,15 +241,9 @@ def _add_reasons(figure: go.Figure, lost: list[tuple[int, int, str]], size: int)
     for reason, colour, symbol in looks:
         cells = [item for item in lost if item[2] == reason or (reason == "other reasons" and item[2] not in common)]
         if cells:
+            x, y, name = [c[1] for c in cells], [c[0] for c in cells], plain(reason.removeprefix(DECLINED), 30)
             mark = {"symbol": symbol, "size": size, "color": colour, "line": {"color": "#fff", "width": 1}}
-            figure.add_scatter(
-                x=[c[1] for c in cells],
-                y=[c[0] for c in cells],
-                mode="markers",
-                marker=mark,
-                name=f"not used: {plain(reason.removeprefix(DECLINED), 30)}",
-                hoverinfo="skip",
-            )
+            figure.add_scatter(x=x, y=y, mode="markers", marker=mark, name=f"not used: {name}", hoverinfo="skip")
 
 
 # ---------------------------------------------------------------------- lines and axes

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.results import run_scores
 from server.store import Event, read_events
@@ -41,12 +41,16 @@ REASONS = {
     "too-many-unreadable": "too many of the site’s images cannot be read",
     "no-cache": "the site cannot write its image cache",
     "no-training-images": "the site has no images for training",
+    "too-few-images": "the site has too few training images for this model",
     "diverged": "the training loss at the site is no longer a number",
     "bad-configuration": "the site’s settings are wrong",
     "internal-error": "something unforeseen failed at the site",
     "unnamed": "the site gave no readable reason",
 }
 DECLINED = "site-declined: "
+
+# What models and places are called in the report.
+FEDERATED, POOLED, ONLY, SERVER = "Federated", "All data in one place", "Only ", "server’s own images"
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,9 @@ class Record:
     @property
     def models(self) -> dict[str, dict[str, Any]]:
         """Scores of every trained model, by what it is called in the report."""
-        found = {"Federated": self.scores["federated"]}
-        found |= {"All data in one place": self.scores["pooled"]} if "pooled" in self.scores else {}
-        return found | {f"Only {name}": scores for name, scores in self.scores.get("local", {}).items()}
+        found = {FEDERATED: self.scores["federated"]}
+        found |= {POOLED: self.scores["pooled"]} if "pooled" in self.scores else {}
+        return found | {f"{ONLY}{name}": scores for name, scores in self.scores.get("local", {}).items()}
 
     @property
     def worst(self) -> str:
@@ -123,6 +127,25 @@ class Record:
     def _last(self, kind: str, split: str = "") -> Event | None:
         found = [e for e in self.events if e["event"] == kind and (not split or e.get("split") == split)]
         return found[-1] if found else None
+
+
+class Lost(NamedTuple):
+    """Replies that were not used, of one site in one step (survey, round, val, test) for one reason."""
+
+    site: str
+    step: str
+    reason: str
+    rounds: list[int]
+
+
+def lost_replies(events: list[Event]) -> list[Lost]:
+    """Every reply that was not used, put together by site, step and reason."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for event in events:
+        step = str(event.get("split", event["event"]))
+        for item in event.get("dropped", []):
+            groups.setdefault((str(item["site"]), step, str(item["reason"])), []).append(event.get("round", 0))
+    return [Lost(*key, rounds) for key, rounds in groups.items()]
 
 
 def read_record(folder: Path) -> Record:

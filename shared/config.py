@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -170,12 +171,17 @@ class Job:
             if head != table:
                 lines += ["", f"[{head}]"]
                 table = head
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{name} = {toml_scalar(value)}")
         return "\n".join(lines) + "\n"
 
     def replace(self, **changes: Scalar) -> Job:
         """A validated copy; keys are written with two underscores: ``train__local_steps=3``."""
         return job_from_flat(self.flat() | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def toml_scalar(value: Scalar) -> str:
+    """A scalar as TOML writes it: as JSON, but characters stand as they are and DEL is escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 _TABLES = {
@@ -219,6 +225,8 @@ def _checked(key: str, value: Any, item: dataclasses.Field[Any]) -> Scalar:
         hint = nearest(str(value), meta["choices"])
         raise UserError(f"{key} = {value!r}: must be one of {', '.join(meta['choices'])}{hint}")
     low, high = meta["low"], meta["high"]
+    if kind is float and not math.isfinite(cast(float, value)):
+        raise UserError(f"{key} = {value!r}: must be a finite number")
     if kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
         allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
         raise UserError(f"{key} = {value!r}: must be {allowed}")
@@ -279,7 +287,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as nested dicts; every failure is one line that names the file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name the TOML file in it") from None

@@ -10,7 +10,7 @@ csv = "labels.csv"       # path,label and optional patient, split, frame, box, k
 [limits]
 max_unreadable = 0.05
 [cache]
-dir = "cache"
+dir = ".consilium/cache"  # decoded images; this is the default
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from shared.config import nearest, read_toml
 from shared.errors import UserError
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+OWN_FOLDER = ".consilium"  # what this program keeps beside a site's images; never taken for a class folder
 FORMATS = ("auto", "csv", "folder", "npz", "coco-crops")
 _KEYS: dict[str, dict[str, type]] = {
     "": {"name": str},
@@ -51,7 +52,7 @@ def read_site(path: Path, home: Path | None = None) -> SiteData:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     data = content.get("data", {})
-    cache = content.get("cache", {}).get("dir", "cache")
+    cache = content.get("cache", {}).get("dir", f"{OWN_FOLDER}/cache")
     own = home is None or "cache" in content or os.access(path.parent, os.W_OK)
     return SiteData(
         name=content["name"],
@@ -71,7 +72,9 @@ def _check(content: Mapping[str, Any]) -> None:
                 raise UserError('[label_map] must hold lines like "your label" = "class of the job"')
         elif isinstance(value, dict):
             if key not in _KEYS:
-                raise UserError(f"unknown table [{key}]{nearest(key, [*_KEYS, 'label_map'])}")
+                raise UserError(
+                    f"unknown table [{key if key.isprintable() else repr(key)}]{nearest(key, [*_KEYS, 'label_map'])}"
+                )
             for name, item in value.items():
                 _check_value(key, name, item)
         else:

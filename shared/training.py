@@ -7,6 +7,7 @@ uninterrupted one, and a site that sat out a round simply goes on.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def pick_device(job: Job) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"train.device = {name!r}: write auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"train.device = {name!r}: write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"train.device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -98,6 +101,10 @@ def _set_mode(model: nn.Module, job: Job) -> None:
                 module.training = False
 
 
+def _normalises_batches(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
+
+
 def train(
     model: nn.Module,
     task: ModuleType,
@@ -126,13 +133,17 @@ def train(
     model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, more on GPUs
     optimizer = make_optimizer(model, job)
     if moments is not None:
-        optimizer.load_state_dict(moments)
+        optimizer.load_state_dict(copy.deepcopy(moments))  # it would go on to change the tensors it was given
     change = augmentation(job)
     total = job.federation.rounds * job.train.local_steps
     seed = derived_seed(job.seed, site)
     torch.manual_seed(derived_seed(seed, first_step))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16")
     _set_mode(model, job)
+    if min(len(data), job.train.batch_size) == 1 and _normalises_batches(model):
+        raise SiteRefusal(
+            "too-few-images", f"{job.model.name} normalises over a batch: one training image is not enough"
+        )
     loss_sum = torch.zeros((), device=device)
     seen = 0
     for number in range(first_step, first_step + steps):

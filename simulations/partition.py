@@ -74,8 +74,8 @@ def _deal(
     return owner
 
 
-def _iid(classes: list[int], job: Job, generator: np.random.Generator) -> Shares:
-    return {name: np.full(job.data.partition_sites, 1 / job.data.partition_sites) for name in classes}
+def _iid(classes: list[int], job: Job, generator: np.random.Generator) -> None:
+    """No shares: one by one in turn, so that many small classes do not all favour the same site."""
 
 
 def _dirichlet(classes: list[int], job: Job, generator: np.random.Generator) -> Shares:
@@ -89,7 +89,7 @@ def _size(classes: list[int], job: Job, generator: np.random.Generator) -> Share
     return dict.fromkeys(classes, drawn)
 
 
-_SHARES: dict[str, Callable[[list[int], Job, np.random.Generator], Shares]] = {
+_SHARES: dict[str, Callable[[list[int], Job, np.random.Generator], Shares | None]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
     "size": _size,

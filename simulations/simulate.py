@@ -14,7 +14,6 @@ import torch
 from flwr.app import Context, RecordDict
 
 from server.app import app as server_app
-from server.report import write_report
 from server.results import run_scores
 from server.rounds import Run, RunFailed
 from server.store import Event, listening, write_json
@@ -75,6 +74,8 @@ def run(
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= _collect(folder, others)
     write_json(folder / "result.json", result)
+    from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
+
     write_report(folder)
     if failures:
         raise RunFailed("; ".join(failures))

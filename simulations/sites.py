@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from server.store import write_text
-from shared.cases import Sample, SiteData
-from shared.config import Job
+from shared.cases import Sample, SiteData, split_word
+from shared.config import Job, toml_scalar
 from shared.errors import SiteRefusal, UserError
 from shared.sitefile import read_site
 from shared.tasks import load_task
@@ -30,7 +31,9 @@ def find_sites(data: Path, job: Job, out: Path) -> list[Path]:
     """
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
-    files = _own_files(data) or [_describe(folder, job, out) for folder in _site_folders(data, job)]
+    files = _own_files(data) or [
+        _describe(folder, number, job, out) for number, folder in enumerate(_site_folders(data, job), start=1)
+    ]
     if not files:
         raise UserError(f"--data {data}: no images found; see docs/researcher.md for the layouts that are read")
     sites = [read_site(file) for file in files]
@@ -59,14 +62,17 @@ def _own_files(data: Path) -> list[Path]:
 def _site_folders(data: Path, job: Job) -> list[Path]:
     single = any((data / name).exists() for name in ("labels.csv", "annotations.json")) or any(data.glob("*.npz"))
     folders = sorted(path for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if single or {folder.name for folder in folders} & ({"train", "test"} | set(job.classes)):
+    if single or any(split_word(folder.name) or folder.name in job.classes for folder in folders):
         return [data]
     return folders
 
 
-def _describe(folder: Path, job: Job, out: Path) -> Path:
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.resolve().name).lstrip("._-") or "site"
-    content = f'name = "{name}"\n\n[data]\ndir = {json.dumps(str(folder.resolve()))}\nformat = "{job.data.format}"\n'
+def _describe(folder: Path, number: int, job: Job, out: Path) -> Path:
+    """Write a site.toml for a folder, named as the folder as far as a site's name may be."""
+    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")[:60] or f"site-{number}"
+    place = toml_scalar(str(folder.resolve()))
+    content = f'name = "{name}"\n\n[data]\ndir = {place}\nformat = "{job.data.format}"\n'
     file = out / "sites" / name / "site.toml"
     write_text(file, content)
     return file
@@ -95,11 +101,11 @@ def _deal_out(
         for index in members:
             path, patient, sample = pool[index]
             label = "|".join(job.classes[k] for k in sample.target)
-            box = " ".join(f"{value:g}" for value in sample.box) if sample.box else ""
+            box = " ".join(repr(value) for value in sample.box) if sample.box else ""
             rows.writerow([path, label, patient, sample.split, sample.frame, box, sample.key])
         folder = out / "sites" / name
         write_text(folder / "labels.csv", table.getvalue())
-        places = json.dumps(str(root)), json.dumps(str((folder / "labels.csv").resolve()))
+        places = toml_scalar(str(root)), toml_scalar(str((folder / "labels.csv").resolve()))
         write_text(
             folder / "site.toml", f'name = "{name}"\n\n[data]\ndir = {places[0]}\nformat = "csv"\ncsv = {places[1]}\n'
         )

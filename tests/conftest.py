@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from shared.config import Job, job_from_flat
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # two cores, several processes: more threads only fight
 
 
 @pytest.fixture

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,14 +20,18 @@ from plotly.offline import get_plotlyjs
 from sklearn.metrics import auc, confusion_matrix, roc_auc_score
 from torch import Tensor, nn
 
-from server.figures import REASONS, all_figures, number, plain
+import client.app
+from server.figures import all_figures
+from server.record import DECLINED, REASONS, number, reason_words
 from server.report import write_report
+from server.report_style import plain
 from server.results import run_scores
 from server.store import Store, read_events, write_json, write_text
 from shared.config import Job, job_from_flat
 from shared.tasks import Sums, add_sums
 from shared.tasks.classification.learning import collect
 from shared.tasks.classification.metrics import summarise
+from simulations.simulate import run as simulate
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>"
 Targets = list[tuple[int, ...]]
@@ -441,14 +449,104 @@ def test_forty_sites_and_three_hundred_rounds(tmp_path: Path, job: Job) -> None:
     assert len(by_site) == 3  # spread, median, worst
 
 
-def test_every_reason_there_is_has_plain_words(root: Path) -> None:
-    written = re.compile(r'(?:Dropped|SiteRefusal)\(\s*"([a-z-]+)"|code = "([a-z-]+)"|ErrorCode\.\w+: "([a-z-]+)"')
+def reason_codes(source: str) -> set[str]:
+    """Every word a source file can give as the reason why a reply is not used; fails on one it cannot follow."""
     found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Dropped", "SiteRefusal"):
+            code = node.args[0]
+            if isinstance(code, ast.Call):  # _FAILURES.get(…, "site-error")
+                code = code.args[-1]
+            if isinstance(code, ast.JoinedStr):  # a code that a site sent
+                assert isinstance(code.values[0], ast.Constant)
+                assert code.values[0].value == DECLINED
+                continue
+            assert isinstance(code, ast.Constant), f"cannot tell the reason in {ast.unparse(node)}"
+            found.add(str(code.value))
+        elif isinstance(node, ast.Dict) and any(ast.unparse(key).startswith("ErrorCode.") for key in node.keys if key):
+            found |= {ast.literal_eval(value) for value in node.values}
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            found |= {str(node.value.value) for target in node.targets if ast.unparse(target) == "code"}
+        elif isinstance(node, ast.FunctionDef) and node.name == "_word":  # what becomes of a code that is none
+            found |= {part.orelse.value for part in ast.walk(node) if isinstance(part, ast.IfExp)}  # type: ignore[attr-defined]
+    return found
+
+
+def test_every_reason_there_is_has_plain_words(root: Path) -> None:
+    found: dict[str, str] = {}
     for folder in ("client", "server", "shared"):
         for path in (root / folder).rglob("*.py"):
-            found |= {word for match in written.findall(path.read_text(encoding="utf-8")) for word in match if word}
-    assert len(found) > 20
-    assert found <= set(REASONS)
+            found |= dict.fromkeys(reason_codes(path.read_text(encoding="utf-8")), str(path.relative_to(root)))
+    known = "bad-name other-job other-frozen-weights wrong-records wrong-dtype undecodable too-far app-did-not-load"
+    assert {*known.split(), "no-data", "too-many-unreadable", "internal-error", "unnamed", "site-error"} <= set(found)
+    assert {code: place for code, place in found.items() if code not in REASONS} == {}
+    assert {code for code in REASONS if code not in found} == set()  # words for reasons that are no more
+    assert all(reason_words(DECLINED + code) == reason_words(code) == REASONS[code] for code in found)
+
+
+def test_servers_own_images_are_shown(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    """A real run whose server holds the images of site c as its own."""
+    result = simulate(tiny_job, three_sites, tmp_path / "run", workers=1, heldout=three_sites / "c" / "site.toml")
+    own = result.scores["federated"]["server"]
+    page = Page(result.report)
+    metrics = [shown(own, metric) for metric in ("auroc", "balanced_accuracy", "accuracy", "loss")]
+    assert page.row("server’s own images") == ["server’s own images", "40", *metrics]
+    assert f"On the server’s own 40 images the federated model reaches AUROC {metrics[0]}." in page.text
+    figures = all_figures(result.folder)
+    line = next(trace for trace in figures["metric by round"].data if trace.name == "Federated, server’s own images")
+    events = [event for event in read_events(result.folder) if event.get("split") == "val"]
+    assert line.x == (0, 1, 2, 3)
+    assert list(line.y) == [event["server"]["auroc"]["value"] for event in events]
+    last = figures["test figures"].data[-1]
+    low, high = last.x[0] - last.error_x.arrayminus[0], last.x[0] + last.error_x.array[0]
+    assert (last.x[0], low, high) == pytest.approx((own["auroc"], *own["intervals"]["auroc"]))
+    assert figures["test figures"].layout.yaxis.ticktext[-1] == "server’s own images"
+    assert "None: every site answered every time" in page.text
+
+
+def test_servers_own_images_are_shown_where_no_site_has_test_images(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    own = three_sites / "c" / "site.toml"
+    for name in "ab":
+        table = three_sites / name / "labels.csv"
+        table.write_text(table.read_text().replace(",test", ",val"))
+    own.parent.rename(tmp_path / "own")
+    result = simulate(tiny_job, three_sites, tmp_path / "run", workers=1, heldout=tmp_path / "own" / "site.toml")
+    page = Page(result.report)
+    assert page.row("server’s own images")[1:3] == ["40", shown(result.scores["federated"]["server"], "auroc")]
+    assert "There is no test figure of any site. On the server’s own 40 images" in page.text
+    assert "a is missing from the test figures: it has no test images." in page.text
+
+
+def test_dead_sites_of_a_real_run_are_named(
+    three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of site a cannot be read; the process of site c dies in every round after the first."""
+    for image in (three_sites / "a" / "images").iterdir():
+        image.write_bytes(b"nothing to be seen")
+    train = client.app.train_locally
+
+    def mortal(*args: Any, **more: Any) -> Any:
+        return os._exit(9) if more["site"] == "c" and more["first_step"] else train(*args, **more)
+
+    monkeypatch.setattr(client.app, "train_locally", mortal)  # the workers are forks: they inherit it
+    result = simulate(tiny_job, three_sites, tmp_path / "run", workers=1)
+    page = Page(result.report)
+    text = " ".join(page.text.split())
+    assert f"a is not in the run: {REASONS['too-many-unreadable']}. site-declined: too-many-unreadable" in text
+    assert f"c did not count in training in rounds 2–3 (2 times): {REASONS['site-crashed']}. site-crashed" in text
+    assert "2 sites trained cnn on" in text
+    grid = all_figures(result.folder)["participation"]
+    assert grid.data[0].z.tolist() == [[1, 1, 1], [1, 2, 2], [0, 0, 0]]
+    assert grid.data[0].text[2][0] == f"not in the run: {REASONS['too-many-unreadable']}"
+    assert grid.layout.yaxis.ticktext == ("b", "c", "a")
+    assert grid.layout.xaxis.dtick == 1  # no tick between two rounds
+
+
+def test_simulating_brings_plotly_only_for_the_report() -> None:
+    script = "import sys, simulations.simulate; sys.exit('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -29,31 +29,31 @@ def test_the_example_of_the_documentation_is_read(tmp_path: Path) -> None:
         csv="labels.csv",
         label_map={"Verschattung": "opacity"},
         max_unreadable=0.05,
-        cache=tmp_path / "cache",
+        cache=tmp_path / ".consilium" / "cache",
     )
 
 
 def test_a_name_is_enough(tmp_path: Path) -> None:
-    assert read_site(write(tmp_path, 'name = "a"')) == SiteData("a", tmp_path, cache=tmp_path / "cache")
+    assert read_site(write(tmp_path, 'name = "a"')) == SiteData("a", tmp_path, cache=tmp_path / ".consilium" / "cache")
 
 
 def test_folders_are_relative_to_the_file_unless_absolute(tmp_path: Path) -> None:
     site = read_site(write(tmp_path, 'name = "a"\n[data]\ndir = "images"\n[cache]\ndir = "/var/c"'))
     assert (site.root, site.cache) == (tmp_path / "images", Path("/var/c"))
     site = read_site(write(tmp_path, 'name = "a"\n[data]\ndir = "/mnt/pacs"'))
-    assert (site.root, site.cache) == (Path("/mnt/pacs"), tmp_path / "cache")
+    assert (site.root, site.cache) == (Path("/mnt/pacs"), tmp_path / ".consilium" / "cache")
 
 
 @pytest.mark.parametrize(
     ("writable", "own", "expected"),
-    [(True, "", "file"), (False, "", "home"), (False, '[cache]\ndir = "cache"', "file")],
+    [(True, "", "file"), (False, "", "home"), (False, '[cache]\ndir = ".consilium/cache"', "file")],
 )
 def test_the_cache_lies_beside_the_file_unless_that_folder_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool, own: str, expected: str
 ) -> None:
     file = write(tmp_path, f'name = "a"\n{own}')
     monkeypatch.setattr(os, "access", lambda path, mode: writable)
-    places = {"file": tmp_path / "cache", "home": tmp_path / "home" / "cache"}
+    places = {"file": tmp_path / ".consilium" / "cache", "home": tmp_path / "home" / ".consilium" / "cache"}
     assert read_site(file, tmp_path / "home").cache == places[expected]
 
 

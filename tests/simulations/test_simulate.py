@@ -97,7 +97,10 @@ def test_optimiser_moments_are_kept_per_site_and_dropped_by_a_new_run(
     run(tiny_job, three_sites, tmp_path / "kept")
     run(tiny_job.replace(train__keep_optimizer=False), three_sites, tmp_path / "fresh")
     assert sha(tmp_path / "kept" / "last.safetensors") != sha(tmp_path / "fresh" / "last.safetensors")
-    assert sorted(path.stem for path in (tmp_path / "kept" / "sites" / "a" / "state").rglob("*.pt")) == ["2", "3"]
+    assert sorted(path.stem for path in (tmp_path / "kept" / "sites" / "a" / ".consilium" / "state").rglob("*.pt")) == [
+        "2",
+        "3",
+    ]
     assert not list((tmp_path / "fresh").rglob("*.pt"))
 
 

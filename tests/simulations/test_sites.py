@@ -171,7 +171,7 @@ ROWS = [
     "0.png,left,p0,train,,,",
     '1.png,right,"p,1",train,2,,',
     "2.png,left,p2,train,,0 0 3 3,",
-    "3.png,right,p3,train,first,1.5 2.25 3 3,images",
+    "3.png,right,p3,train,7,1.5 2.25 3 3,images",
     '4.png,left,"p""4",train,,1234.5678 20000.25 123456.5 1234567,',
     "5.png,right,p5,val,,,",
     "6.png,left,p6,test,0,,",

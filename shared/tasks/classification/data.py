@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -87,6 +89,9 @@ def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
     columns = set(rows[0]) if rows else set()
     if rows and not {"path", "label"} <= columns:
         raise SiteRefusal("bad-table", f"{table}: needs the columns path and label, has {', '.join(map(str, rows[0]))}")
+    nameless = [line for line, row in enumerate(rows, start=2) if not row["path"]]
+    if nameless:
+        raise SiteRefusal("bad-table", f"{table} line {nameless[0]}: the column path is empty")
     absent = [row["path"] for row in rows if not (site.root / row["path"]).is_file()]
     if absent:
         names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
@@ -95,27 +100,43 @@ def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
         where = f"{table} line {line}"
         more: dict[str, object] = {}
         if row.get("frame"):
-            more["frame"] = int(row["frame"]) if row["frame"].isdigit() else row["frame"]
+            more["frame"] = _frame(row["frame"], where)
         if row.get("box"):
-            more["box"] = _box(row["box"], where)
+            more["box"] = _box(row["box"].split(), where)
         if row.get("key"):
             more["key"] = row["key"]
-        word = row.get("split") or ""
-        split = split_word(word)
-        if word and split is None:
-            raise SiteRefusal("bad-table", f"{where}: split {word!r}; write train, val or test")
+        split = _split(row.get("split") or "", where)
         patient = row.get("patient") or _patient(site.root / row["path"], row["path"])
         yield _sample(job, row["path"], _target(row["label"] or "", where, site, job), patient, split, **more)
 
 
-def _box(text: str, where: str) -> tuple[float, ...]:
+def _frame(text: str, where: str) -> int | str:
+    if text.isascii() and text.isdigit():
+        return int(text)
+    if text != "middle":
+        raise SiteRefusal("bad-table", f"{where}: frame {text!r}; write a number from 0, or middle")
+    return text
+
+
+def _box(parts: Iterable[object], where: str) -> tuple[float, ...]:
+    parts = list(parts)
     try:
-        box = tuple(float(part) for part in text.split())
-    except ValueError:
+        box = tuple(float(part) for part in parts)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
         box = ()
-    if len(box) != 4:
-        raise SiteRefusal("bad-table", f"{where}: box {text!r}; write four numbers: x y width height")
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise SiteRefusal(
+            "bad-table", f"{where}: box {' '.join(map(str, parts))!r}; write four numbers: x y width height"
+        )
     return box
+
+
+def _split(word: object, where: str) -> str | None:
+    """The split a table names, None if it names none."""
+    split = split_word(word) if isinstance(word, str) else None
+    if word != "" and split is None:
+        raise SiteRefusal("bad-table", f"{where}: split {word!r}; write train, val or test")
+    return split
 
 
 def _from_folders(site: SiteData, job: Job) -> Iterator[Sample]:
@@ -134,7 +155,7 @@ def _from_folders(site: SiteData, job: Job) -> Iterator[Sample]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "cache")))
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _patient(path: Path, fallback: str) -> str:
@@ -149,20 +170,29 @@ def _from_npz(site: SiteData, job: Job) -> Iterator[Sample]:
     import numpy as np
 
     for path in sorted(site.root.glob("*.npz")):
-        with np.load(path, allow_pickle=False) as arrays:
-            labels = {split: arrays[f"{split}_labels"] for split in SPLITS if f"{split}_labels" in arrays}
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                labels = {split: arrays[f"{split}_labels"] for split in SPLITS if f"{split}_labels" in arrays}
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise SiteRefusal("bad-table", f"{path}: not an npz of labelled images: {error}") from None
         for split, values in labels.items():
-            for index, value in enumerate(np.asarray(values).reshape(len(values), -1)):
-                where = f"{path.name} {split}_labels[{index}]"
-                words = [str(i) for i, on in enumerate(value) if on] if job.data.multilabel else [str(int(value[0]))]
-                names = [
-                    job.classes[int(word)] if word not in site.label_map and int(word) < len(job.classes) else word
-                    for word in words
-                ]
-                target = _target("|".join(names), where, site, job)
-                yield _sample(
-                    job, path.name, target, f"{path.name}:{split}:{index}", split, frame=index, key=f"{split}_images"
+            table = np.asarray(values).reshape(len(values), -1)
+            if not job.data.multilabel and table.shape[1] != 1:
+                raise SiteRefusal(
+                    "bad-table", f"{path}: {split}_labels has {table.shape[1]} columns; set data.multilabel"
                 )
+            for index, value in enumerate(table):
+                where = f"{path.name} {split}_labels[{index}]"
+                numbers = [i for i, on in enumerate(value) if on] if job.data.multilabel else [int(value[0])]
+                target = _target("|".join(_class_name(number, site, job) for number in numbers), where, site, job)
+                patient = f"{path.name}:{split}:{index}"
+                yield _sample(job, path.name, target, patient, split, frame=index, key=f"{split}_images")
+
+
+def _class_name(number: int, site: SiteData, job: Job) -> str:
+    """The class with that number in the job's order, unless the site maps the number itself."""
+    mapped = str(number) in site.label_map or not 0 <= number < len(job.classes)
+    return str(number) if mapped else job.classes[number]
 
 
 def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
@@ -177,9 +207,9 @@ def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
             file = f"images/{image['file_name']}" if (site.root / "images").is_dir() else image["file_name"]
             target = _target(names[item["category_id"]], f"{path} annotation {item['id']}", site, job)
             patient = str(image.get("patient", file))
-            yield _sample(
-                job, file, target, patient, split_word(image.get("split", "")), box=tuple(map(float, item["bbox"]))
-            )
+            where = f"{path} annotation {item['id']}"
+            split, box = _split(image.get("split", ""), where), _box(item["bbox"], where)
+            yield _sample(job, file, target, patient, split, box=box)
     except FileNotFoundError:
         raise SiteRefusal("no-data", f"{path}: no such file") from None
     except (KeyError, TypeError, ValueError) as error:

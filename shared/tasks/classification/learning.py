@@ -12,7 +12,7 @@ from shared.config import Job
 from shared.imaging.augment import normalise
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums
-from shared.tasks.classification.metrics import BINS, score_bins
+from shared.tasks.classification.metrics import BINS, LIMIT, score_bins
 
 Batch = tuple[Tensor, list[tuple[int, ...]]]
 
@@ -88,7 +88,7 @@ def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
             truth = wanted.argmax(1)
             losses = F.cross_entropy(logits, truth, reduction="none")
             share = logits.log_softmax(1)
-            scores = share - torch.log1p(-share.exp()).clamp(min=-60)  # log-odds of each class
+            scores = share - torch.log1p(-share.exp()).clamp(min=-LIMIT)  # log-odds of each class
             cell = truth * classes + logits.argmax(1)
         confusion += torch.bincount(cell.flatten(), minlength=len(confusion))
         bins = score_bins(scores)

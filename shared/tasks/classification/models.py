@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,18 +58,19 @@ def _torchvision(name: str) -> Callable[[Job], nn.Module]:
 
 
 class Entry(NamedTuple):
-    """How to build a model, and the name of its last layer."""
+    """How to build a model, the name of its last layer, and the smallest image it takes."""
 
     build: Callable[[Job], nn.Module]
     head: str
+    smallest: int = 8
 
 
 MODELS: dict[str, Entry] = {
     "cnn": Entry(_cnn, "head"),
     "resnet18": Entry(_torchvision("resnet18"), "fc"),
     "resnet50": Entry(_torchvision("resnet50"), "fc"),
-    "densenet121": Entry(_torchvision("densenet121"), "classifier"),
-    "vgg16": Entry(_torchvision("vgg16"), "classifier.6"),
+    "densenet121": Entry(_torchvision("densenet121"), "classifier", 32),
+    "vgg16": Entry(_torchvision("vgg16"), "classifier.6", 32),
 }
 
 
@@ -82,7 +84,12 @@ def _entry(job: Job) -> Entry:
         raise UserError(
             f"model.name = {job.model.name!r}: {job.task} has {', '.join(MODELS)}{nearest(job.model.name, MODELS)}"
         )
-    return MODELS[job.model.name]
+    entry = MODELS[job.model.name]
+    if job.data.size < entry.smallest:
+        raise UserError(
+            f"data.size = {job.data.size}: {job.model.name} takes images of {entry.smallest} pixels or more"
+        )
+    return entry
 
 
 def check(job: Job) -> None:
@@ -134,7 +141,7 @@ def _replace_head(model: nn.Module, head: str, classes: int) -> None:
 
 def _load_weights(model: nn.Module, job: Job, head: str) -> None:
     """Copy the given weights into ``model``: all of the backbone must fit, the head is taken where it fits."""
-    given = _read_weights(job)
+    given = {_new_name(name): value for name, value in _read_weights(job).items()}
     first = _first(model)
     path = next(name for name, module in model.named_modules() if module is first[2])
     weight = given.get(f"{path}.weight")
@@ -142,19 +149,22 @@ def _load_weights(model: nn.Module, job: Job, head: str) -> None:
         # The sum over the colour channels answers a grey image as the original would answer it shown in colour.
         given[f"{path}.weight"] = weight.sum(1, keepdim=True)
     own = model.state_dict()
+    fits = {name: name in given and given[name].shape == value.shape for name, value in own.items()}
+    # Older files lack the counters, which nothing depends on.
     wrong = [
-        name
-        for name in own
-        if not name.startswith(head) and (name not in given or given[name].shape != own[name].shape)
+        name for name, fit in fits.items() if not (fit or name.startswith(head) or name.endswith("batches_tracked"))
     ]
     if wrong:
         raise UserError(
             f"model.weights = {job.model.weights!r}: does not fit {job.model.name}: {len(wrong)} layers are missing or "
             f"of another shape, first {wrong[0]}"
         )
-    model.load_state_dict(
-        {name: given[name] if name in given and given[name].shape == own[name].shape else own[name] for name in own}
-    )
+    model.load_state_dict({name: given[name] if fits[name] else own[name] for name in own})
+
+
+def _new_name(name: str) -> str:
+    """DenseNet's published files write norm.1 where the module is norm1 (torchvision renames them as it loads)."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def _read_weights(job: Job) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ def test_an_interrupted_decoding_leaves_no_half_cache(
     monkeypatch.setattr(module, "read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_dataset(samples_of(), site, job)
-    assert not list((site.root / "cache").iterdir())
+    assert not list((site.root / ".consilium" / "cache").iterdir())
     data = load_dataset(samples_of(), site, job)
     assert len(data) == 6
 
@@ -184,7 +184,7 @@ def test_two_processes_that_decode_at_once_both_get_it_right(site: SiteData, job
     answers = [process.communicate(timeout=120)[0].strip() for process in both]
     data = load_dataset(samples_of(), site, job)
     assert answers == [str(pixels(data).astype(int).sum((1, 2, 3)).tolist())] * 2
-    assert [path.name[0] != "." for path in (site.root / "cache").iterdir()] == [True]
+    assert [path.name[0] != "." for path in (site.root / ".consilium" / "cache").iterdir()] == [True]
 
 
 def test_unreadable_images_are_left_out_and_listed(site: SiteData, job: Job) -> None:

@@ -35,8 +35,9 @@ from pydicom.uid import (
 )
 
 from shared.imaging import apart, dicom, errors, stored
-from shared.imaging.dicom import DECODERS, dicom_frame_count, read_dicom
+from shared.imaging.dicom import dicom_frame_count, read_dicom
 from shared.imaging.errors import CODES, MAX_PIXELS, UnreadableImage
+from shared.imaging.stored import DECODERS
 
 LEVEL = 1 / 255
 EXACT = 1e-6

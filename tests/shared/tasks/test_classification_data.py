@@ -82,14 +82,14 @@ def test_every_column_of_a_table_is_read(tmp_path: Path, encoding: str) -> None:
         "path,label,patient,split,frame,box,key,remark\n"
         "b.png,right,P2,Testing,3,1 2 3.5 4,images,kept out\n"
         "a.png, left ,P1,,,,,\n"
-        'c.png,left,"P,3",VAL,first,,,\n'
+        'c.png,left,"P,3",VAL,0,,,\n'
     )
     job = job_of()
     samples = read_samples(table(tmp_path, text, encoding), job)
     assert samples == [
         Sample("a.png", (0,), "P1", split_of("P1", 0.1, 0.2)),
         Sample("b.png", (1,), "P2", "test", 3, (1.0, 2.0, 3.5, 4.0), "images"),
-        Sample("c.png", (0,), "P,3", "val", "first"),
+        Sample("c.png", (0,), "P,3", "val", 0),
     ]
 
 

@@ -222,7 +222,7 @@ def test_roc_points_are_sklearns_for_the_binned_scores() -> None:
     job = job_of(2)
     positives, negatives = histograms(sums_of(logits, single(truth), job), job)
     odds = logits[:, 1] - logits[:, 0]
-    edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
+    edges = np.sinh(np.linspace(-1, 1, BINS + 1) * np.arcsinh(LIMIT / 0.5)) * 0.5
     binned = np.digitize(odds, edges)
     expected_false, expected_true, _ = sk.roc_curve(truth, binned, drop_intermediate=False)
     false, true = roc_points(positives[1], negatives[1])
