@@ -31,9 +31,20 @@ def network(width: int) -> nn.Module:
     for stage, out in enumerate((width, 2 * width, 4 * width)):
         for inner in (channels, out):
             layers += [nn.Conv2d(inner, out, 3, padding=1, bias=False), nn.GroupNorm(np.gcd(8, out), out), nn.ReLU()]
-        layers.append(nn.MaxPool2d(2, ceil_mode=True) if stage < 2 else nn.AdaptiveAvgPool2d(1))
+        if stage < 2:
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         channels = out
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 2))
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = nn.Sequential(*layers), nn.Linear(2 * channels, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.features(x)
+            return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))  # type: ignore[no-any-return]
+
+    return Network()
 
 
 def main(root: Path, rounds: int, steps: int, width: int, batch: int = 32) -> None:

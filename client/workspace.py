@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from shared.config import Job, Scalar
 from shared.errors import SiteRefusal
@@ -104,7 +103,7 @@ class Moments:
         self.folder = home / OWN_FOLDER / "state" / str(run_id)
 
     def _rounds(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("*.pt"))
+        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
 
     def forget(self, after: int) -> None:
         """Drop all of rounds later than ``after``; 0 starts afresh."""
@@ -112,24 +111,23 @@ class Moments:
             shutil.rmtree(self.folder, ignore_errors=True)
         for number in self._rounds():
             if number > after:
-                (self.folder / f"{number}.pt").unlink(missing_ok=True)
+                (self.folder / f"{number}.safetensors").unlink(missing_ok=True)
 
-    def load(self, round_: int) -> dict[str, Any] | None:
+    def load(self, round_: int) -> dict[str, Tensor] | None:
         """The moments as they were before round ``round_``."""
         earlier = [number for number in self._rounds() if number < round_]
         if not earlier:
             return None
-        state: dict[str, Any] = torch.load(self.folder / f"{earlier[-1]}.pt", weights_only=True)
-        return state
+        return dict(load_file(self.folder / f"{earlier[-1]}.safetensors"))
 
-    def save(self, round_: int, state: dict[str, Any]) -> None:
+    def save(self, round_: int, moments: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".writing")
         os.close(handle)
-        torch.save(state, name)
-        os.replace(name, self.folder / f"{round_}.pt")
+        save_file(moments, name)
+        os.replace(name, self.folder / f"{round_}.safetensors")
         for number in self._rounds()[:-2]:
-            (self.folder / f"{number}.pt").unlink(missing_ok=True)
+            (self.folder / f"{number}.safetensors").unlink(missing_ok=True)
 
 
 def split_counts(data: Dataset, splits: Sequence[str]) -> dict[str, int]:

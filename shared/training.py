@@ -7,16 +7,14 @@ uninterrupted one, and a site that sat out a round simply goes on.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shared.cases import derived_seed
 from shared.config import Job
@@ -32,7 +30,7 @@ class Trained:
     steps: int
     images: int
     loss: float
-    moments: dict[str, Any]
+    moments: dict[str, Tensor]
 
 
 def pick_device(job: Job) -> torch.device:
@@ -91,6 +89,29 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, rate, weight_decay=decay)
 
 
+def take_moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as tensors named ``parameter number.what``: nothing but numbers, so no pickle is needed."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{key}": value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for number, held in state.items()
+        for key, value in held.items()
+    }
+
+
+def put_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
+    """Give a fresh optimiser copies of ``moments``; the settings stay those of the job."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in moments.items():
+        number, _, key = name.partition(".")
+        parameter = parameters[int(number)]
+        # Laid out in memory as the parameter, so that the update need not reorder one of them.
+        copy = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+        state.setdefault(int(number), {})[key] = copy.detach().copy_(value)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def _set_mode(model: nn.Module, job: Job) -> None:
     """Train mode for what is trained; a frozen backbone stays in eval mode so that its running statistics stay put."""
     model.train()
@@ -115,7 +136,7 @@ def train(
     first_step: int,
     steps: int,
     class_weights: Sequence[float],
-    moments: dict[str, Any] | None = None,
+    moments: dict[str, Tensor] | None = None,
 ) -> Trained:
     """Train ``model`` in place for ``steps`` gradient steps, numbers ``first_step`` onwards of the whole run.
 
@@ -133,7 +154,7 @@ def train(
     model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, more on GPUs
     optimizer = make_optimizer(model, job)
     if moments is not None:
-        optimizer.load_state_dict(copy.deepcopy(moments))  # it would go on to change the tensors it was given
+        put_moments(optimizer, moments)
     change = augmentation(job)
     total = job.federation.rounds * job.train.local_steps
     seed = derived_seed(job.seed, site)
@@ -162,4 +183,4 @@ def train(
     total_loss = loss_sum.item()
     if not math.isfinite(total_loss):
         raise SiteRefusal("diverged", f"the training loss is {total_loss}; lower train.learning_rate")
-    return Trained(steps, seen, total_loss, optimizer.state_dict())
+    return Trained(steps, seen, total_loss, take_moments(optimizer))

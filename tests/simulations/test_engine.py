@@ -155,7 +155,8 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
 
     script = (
         "import sys, time\nfrom simulations.pool import WorkerPool\nfrom flwr.clientapp import ClientApp\n"
-        "pool = WorkerPool(ClientApp(), 3)\nprint(*[w.process.pid for w in pool._workers], flush=True)\ntime.sleep(60)\n"
+        "pool = WorkerPool(ClientApp(), 3)\n"
+        "print(*[w.process.pid for w in pool._workers], flush=True)\ntime.sleep(60)\n"
     )
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True) as process:

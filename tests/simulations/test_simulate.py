@@ -86,7 +86,7 @@ def test_the_pooled_model_is_plain_training_on_all_images(three_sites: Path, tin
     events = read_events(tmp_path / "o" / "baselines" / "pooled")
     (survey,) = [event for event in events if event["event"] == "survey"]
     assert [site["name"] for site in survey["sites"]] == ["pooled"]
-    federated = [event for event in read_events(tmp_path / "o") if event["event"] == "survey"][0]
+    federated = next(event for event in read_events(tmp_path / "o") if event["event"] == "survey")
     together = {split: sum(site["images"][split] for site in federated["sites"]) for split in ("train", "val", "test")}
     assert survey["sites"][0]["images"] == together
 
@@ -97,11 +97,13 @@ def test_optimiser_moments_are_kept_per_site_and_dropped_by_a_new_run(
     run(tiny_job, three_sites, tmp_path / "kept")
     run(tiny_job.replace(train__keep_optimizer=False), three_sites, tmp_path / "fresh")
     assert sha(tmp_path / "kept" / "last.safetensors") != sha(tmp_path / "fresh" / "last.safetensors")
-    assert sorted(path.stem for path in (tmp_path / "kept" / "sites" / "a" / ".consilium" / "state").rglob("*.pt")) == [
+    assert sorted(
+        path.stem for path in (tmp_path / "kept" / "sites" / "a" / ".consilium" / "state").rglob("*.safetensors")
+    ) == [
         "2",
         "3",
     ]
-    assert not list((tmp_path / "fresh").rglob("*.pt"))
+    assert not list((tmp_path / "fresh" / "sites").rglob("*.safetensors"))
 
 
 def test_an_earlier_run_is_moved_aside_and_foreign_files_are_refused(

@@ -34,7 +34,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from shared.imaging import apart, dicom, errors, stored
+from shared.imaging import apart, dicom, stored
 from shared.imaging.dicom import dicom_frame_count, read_dicom
 from shared.imaging.errors import CODES, MAX_PIXELS, UnreadableImage
 from shared.imaging.stored import DECODERS
