@@ -36,10 +36,13 @@ class _Facts:
         self.metric = job.evaluation.best_metric
         self.steps: dict[str, int] = {}
         self.score: dict[str, str] = {}
+        self.sites: dict[str, str] = {}
 
     def hear(self, name: str, event: dict[str, Any]) -> None:
         if event["event"] == "round":
             self.steps[name] = self.steps.get(name, 0) + sum(item["steps"] for item in event["trained"])
+            asked = len(event["trained"]) + len(event["dropped"])
+            self.sites[name] = f"{len(event['trained'])}/{asked} sites"
         elif event["event"] == "evaluation":
             row = event["metrics"][self.metric]
             if row["n"]:
@@ -47,14 +50,14 @@ class _Facts:
                 self.score[name] = f"{where}{self.metric} {row['value']:.3f}"
 
     def describe(self, name: str) -> str:
-        return f"{self.steps.get(name, 0):>5} steps  {self.score.get(name, '')}"
+        return f"{self.sites.get(name, '')} {self.steps.get(name, 0):>5} steps  {self.score.get(name, '')}"
 
 
 @contextlib.contextmanager
 def _bars(job: Job, console: Console) -> Iterator[Observer]:
     columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=20),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}"),
         TimeElapsedColumn(),

@@ -10,14 +10,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, gaussian_filter1d  # type: ignore[import-untyped,unused-ignore]
 
-Image = NDArray[np.float32]
-Floats = NDArray[np.float64]
+from simulations.cohorts.texture import AXIS, REACH, STEP, Floats, Image, curve, fields, index, look, tree
 
-_STEP, _REACH = 0.5, 320.0  # mm: spacing and half-length of the outline tables
-_AXIS: Floats = np.arange(-_REACH, _REACH, _STEP)
 _RIB_HALF_WIDTH = 5.6  # mm
 _RIB_FIRST, _RIB_PITCH = -141.0, 22.5  # mm: where rib 1 leaves the spine, and the step to the next
 
@@ -182,7 +178,7 @@ def draw_chest(canvas: Canvas, opacity: Opacity | None) -> Image:
     patient, u, v = canvas.patient, canvas.u, canvas.v
     a = np.abs(u)
     shape = _outlines(patient, canvas.pose.breath)
-    texture, region = _fields(patient.key, canvas.rows, canvas.columns)
+    texture, region = fields(patient.key, canvas.rows, canvas.columns)
     air = _lung(shape, u, v)
     # lungs are not aired alike: by side, from top to bottom, and from region to region, in health as well
     uneven = np.float32(patient.uneven) * np.sign(u) + np.float32(patient.gravity / 100) * v
@@ -201,52 +197,32 @@ def draw_chest(canvas: Canvas, opacity: Opacity | None) -> Image:
     return drawn
 
 
-def _index(where: Image | Floats) -> NDArray[np.intp]:
-    """Where in the outline tables each coordinate (mm) falls."""
-    place = where * np.float32(1 / _STEP)
-    place += np.float32(_REACH / _STEP)
-    return place.astype(np.intp)
-
-
-def _look(table: Image, index: NDArray[np.intp]) -> Image:
-    """An outline table, read at each pixel."""
-    found: Image = table.take(index, mode="clip")
-    return found
-
-
-def _curve(knots: list[tuple[float, float]], smooth: float = 8.0) -> Floats:
-    """A smooth outline (mm over mm) through a few knots."""
-    x, y = zip(*knots, strict=True)
-    curve: Floats = gaussian_filter1d(np.interp(_AXIS, x, y), smooth / _STEP, mode="nearest")
-    return curve
-
-
 @lru_cache(maxsize=1)
 def _fixed() -> dict[str, Image]:
     """The outlines that all patients share, before their own size."""
-    above = np.clip((60.0 - _AXIS) / 208.0, 0.0, 1.0)
-    cage = 131.0 * (1.0 - above**2.5) ** 0.62 + 0.04 * np.clip(_AXIS - 60.0, 0.0, None)
+    above = np.clip((60.0 - AXIS) / 208.0, 0.0, 1.0)
+    cage = 131.0 * (1.0 - above**2.5) ** 0.62 + 0.04 * np.clip(AXIS - 60.0, 0.0, None)
     wall = [(-320, 52), (-196, 55), (-178, 66), (-158, 140), (-142, 178), (-118, 205), (-70, 214), (-40, 190)]
-    distance = _AXIS / _RIB_HALF_WIDTH
+    distance = AXIS / _RIB_HALF_WIDTH
     # a rib is a tube: cortex at both edges, marrow between
     rim = np.exp(-(((np.abs(distance) - 0.8) / 0.25) ** 2))
     tube = 0.62 * np.sqrt(np.clip(1.0 - distance**2, 0.0, 1.0)) + 0.42 * rim
-    run, turn = np.clip((_AXIS - 18.0) / 132.0, 0.0, 1.0), 2 * np.pi * _AXIS / _RIB_PITCH
+    run, turn = np.clip((AXIS - 18.0) / 132.0, 0.0, 1.0), 2 * np.pi * AXIS / _RIB_PITCH
     tables = {
         "cage": cage,
-        "cage_normal": 1.0 / np.sqrt(1.0 + np.gradient(cage, _STEP) ** 2),
-        "wall": _curve([*wall, (-15, 168), (40, 162), (120, 160), (320, 163)], 7.0),
-        "right": _curve([(-150, 18), (-100, 24), (-60, 25), (-20, 24), (10, 30), (45, 38), (75, 33), (110, 25)]),
-        "left": _curve([(-150, 18), (-100, 24), (-72, 27), (-55, 37), (-40, 36), (-20, 27), (20, 32), (110, 30)], 6.0),
+        "cage_normal": 1.0 / np.sqrt(1.0 + np.gradient(cage, STEP) ** 2),
+        "wall": curve([*wall, (-15, 168), (40, 162), (120, 160), (320, 163)], 7.0),
+        "right": curve([(-150, 18), (-100, 24), (-60, 25), (-20, 24), (10, 30), (45, 38), (75, 33), (110, 25)]),
+        "left": curve([(-150, 18), (-100, 24), (-72, 27), (-55, 37), (-40, 36), (-20, 27), (20, 32), (110, 30)], 6.0),
         "rib": tube,
-        "tangent": 0.8 * np.clip(_AXIS / 100.0, 0.0, 1.0) ** 8,
+        "tangent": 0.8 * np.clip(AXIS / 100.0, 0.0, 1.0) ** 8,
         "clavicle": -108.0 - 36.0 * run - 9.0 * np.sin(2 * np.pi * run),
-        "spine": 0.115 * np.exp(-((_AXIS / 18.0) ** 4)) + 0.03 * np.exp(-(((np.abs(_AXIS) - 14.0) / 3.5) ** 2)),
+        "spine": 0.115 * np.exp(-((AXIS / 18.0) ** 4)) + 0.03 * np.exp(-(((np.abs(AXIS) - 14.0) / 3.5) ** 2)),
         "bodies": 0.84 + 0.16 * np.tanh(2.5 * np.sin(turn)),
-        "process": 0.045 * np.exp(-((_AXIS / 4.0) ** 2)),
+        "process": 0.045 * np.exp(-((AXIS / 4.0) ** 2)),
         "processes": 1.0 / (1.0 + np.exp(-8.0 * (np.sin(turn + 0.8) - 0.4))),
         # front-to-back thickness: neck and shoulders thin, abdomen thick
-        "depth": _curve([(-200, 0.62), (-140, 0.78), (-90, 0.94), (0, 1.0), (90, 1.02), (150, 1.12)], 15.0),
+        "depth": curve([(-200, 0.62), (-140, 0.78), (-90, 0.94), (0, 1.0), (90, 1.02), (150, 1.12)], 15.0),
     }
     return {name: table.astype(np.float32) for name, table in tables.items()}
 
@@ -254,20 +230,20 @@ def _fixed() -> dict[str, Image]:
 def _outlines(patient: Patient, breath: float) -> dict[str, Image]:
     """The shared outlines and this patient's diaphragm (v in mm over u in mm; right dome higher than left)."""
     level = 84.0 + patient.inspiration + breath
-    right = level + 0.0058 * (_AXIS + 62.0) ** 2
-    left = level + 11.0 + 0.0058 * (_AXIS - 68.0) ** 2
-    dome = np.where(_AXIS < 0, right, left) + 26.0 * np.clip((np.abs(_AXIS) - 108.0) / 22.0, 0.0, 1.5) ** 2
-    dome = gaussian_filter1d(dome, 4.0 / _STEP)
-    steep = 1.0 / np.sqrt(1.0 + np.gradient(dome, _STEP) ** 2)
+    right = level + 0.0058 * (AXIS + 62.0) ** 2
+    left = level + 11.0 + 0.0058 * (AXIS - 68.0) ** 2
+    dome = np.where(AXIS < 0, right, left) + 26.0 * np.clip((np.abs(AXIS) - 108.0) / 22.0, 0.0, 1.5) ** 2
+    dome = gaussian_filter1d(dome, 4.0 / STEP)
+    steep = 1.0 / np.sqrt(1.0 + np.gradient(dome, STEP) ** 2)
     return _fixed() | {"dome": dome.astype(np.float32), "dome_normal": steep.astype(np.float32)}
 
 
 def _lung(shape: dict[str, Image], u: Image | Floats, v: Image | Floats) -> Image:
     """Air in the beam, 0 to 1: falls to nothing at chest wall, mediastinum and diaphragm, as path lengths do."""
-    a, across, down = np.abs(u), _index(u), _index(v)
-    lateral = (_look(shape["cage"], down) - a) * _look(shape["cage_normal"], down)
-    medial = a - np.where(u > 0, _look(shape["left"], down), _look(shape["right"], down))
-    below = (_look(shape["dome"], across) - v) * _look(shape["dome_normal"], across)
+    a, across, down = np.abs(u), index(u), index(v)
+    lateral = (look(shape["cage"], down) - a) * look(shape["cage_normal"], down)
+    medial = a - np.where(u > 0, look(shape["left"], down), look(shape["right"], down))
+    below = (look(shape["dome"], across) - v) * look(shape["dome_normal"], across)
     air = 1.0 - np.exp(-np.clip(lateral, 0.0, None) / 13.0)
     air *= 1.0 - np.exp(-np.clip(medial, 0.0, None) / 8.0)
     air *= 1.0 - 0.85 * np.exp(-np.clip(below, 0.0, None) / 14.0)
@@ -288,32 +264,32 @@ def _heart(patient: Patient, u: Image, v: Image) -> Image:
 
 def _body(shape: dict[str, Image], u: Image, v: Image) -> Image:
     """Soft tissue in the beam, about 1 on the midline: thins towards the outline and in the neck."""
-    down = _index(v)
-    inside = np.clip(1.0 - (u / _look(shape["wall"], down)) ** 2, 0.0, 1.0)
-    result: Image = np.sqrt(inside) * _look(shape["depth"], down)
+    down = index(v)
+    inside = np.clip(1.0 - (u / look(shape["wall"], down)) ** 2, 0.0, 1.0)
+    result: Image = np.sqrt(inside) * look(shape["depth"], down)
     return result
 
 
 def _bones(canvas: Canvas, shape: dict[str, Image], a: Image) -> Image:
     """Ribs, spine, clavicles, shoulders and scapulae."""
     u, v, patient = canvas.u, canvas.v, canvas.patient
-    cage = _look(shape["cage"], _index(v)) + 3.0
+    cage = look(shape["cage"], index(v)) + 3.0
     s = a / np.maximum(cage, 20.0)
     inside = np.clip((1.0 - s) * cage * 0.25, 0.0, 1.0)
-    tangent = 1.0 + _look(shape["tangent"], _index(s * 100.0))  # at the flank the rib runs along the beam
+    tangent = 1.0 + look(shape["tangent"], index(s * 100.0))  # at the flank the rib runs along the beam
     first, slope = _RIB_FIRST + patient.rib_shift, patient.rib_slope
     back = v - (-30.0 * s * (1.0 - s) + 26.0 * slope * s * s) - first
     ribs = 0.115 * _ribs(shape, back, 11, 0.93) * tangent * np.clip(a * 0.08 - 1.2, 0.0, 1.0)
     front = v - (26.0 * slope + 74.0 * slope * (1.0 - s)) - first
     ribs += 0.075 * _ribs(shape, front, 7, 0.80) * tangent * np.clip((s - 0.30) * 5.0, 0.0, 1.0)
     bones: Image = ribs * inside
-    across, level = _index(u), _index(v + np.float32(patient.rib_shift))
-    bones += _look(shape["spine"], across) * _look(shape["bodies"], level)
-    bones += _look(shape["process"], across) * _look(shape["processes"], level)
+    across, level = index(u), index(v + np.float32(patient.rib_shift))
+    bones += look(shape["spine"], across) * look(shape["bodies"], level)
+    bones += look(shape["process"], across) * look(shape["processes"], level)
     # clavicle: a flat S from the sternum up to the shoulder
-    line = v - _look(shape["clavicle"], _index(a)) - np.float32(0.5 * patient.rib_shift)
+    line = v - look(shape["clavicle"], index(a)) - np.float32(0.5 * patient.rib_shift)
     ends = np.clip((a - 14.0) / 6.0, 0.0, 1.0) * np.clip((165.0 - a) / 8.0, 0.0, 1.0)
-    bones += 0.15 * _look(shape["rib"], _index(line * 0.85)) * ends
+    bones += 0.15 * look(shape["rib"], index(line * 0.85)) * ends
     top = int(np.searchsorted(v.max(1), 20.0))  # the shoulders lie above; v grows downwards
     bones[:top] += _shoulder(a[:top], v[:top])
     return bones
@@ -323,7 +299,7 @@ def _ribs(shape: dict[str, Image], height: Image, count: int, lean: float) -> Im
     """All ribs of one slope family at once: the distance to the nearest centre line, in ribs, then the tube profile."""
     number = height * np.float32(1 / _RIB_PITCH)
     nearest = np.clip(np.rint(number), 0, count - 1)
-    return _look(shape["rib"], _index((number - nearest) * np.float32(_RIB_PITCH * lean)))
+    return look(shape["rib"], index((number - nearest) * np.float32(_RIB_PITCH * lean)))
 
 
 def _shoulder(a: Image, v: Image) -> Image:
@@ -341,7 +317,7 @@ def _soft_parts(canvas: Canvas, shape: dict[str, Image]) -> Image:
     """Trachea, breasts, nipples, stomach bubble, granuloma, electrodes: none of them knows of the label."""
     patient, rng = canvas.patient, np.random.default_rng([canvas.patient.key, 2])
     trachea = np.clip(1.0 - ((canvas.u - 2.0) / 8.5) ** 2, 0.0, 1.0) * np.clip((-30.0 - canvas.v) / 12.0, 0.0, 1.0)
-    dome = float(shape["dome"][int((60.0 + _REACH) / _STEP)])
+    dome = float(shape["dome"][int((60.0 + REACH) / STEP)])
     side, level = rng.uniform(66, 88), rng.uniform(52, 76)
     blobs = [(58.0, dome + 24.0, 17.0, 9.0, -patient.stomach)]
     for sign in (-1.0, 1.0):
@@ -360,60 +336,10 @@ def _soft_parts(canvas: Canvas, shape: dict[str, Image]) -> Image:
 def _vessels(canvas: Canvas) -> Image:
     """Hila and the branching lung markings, as attenuation where the lung is full of air."""
     patient = canvas.patient
-    points, weights, thick = _tree(patient.key)
+    points, weights, thick = tree(patient.key)
     scale = 0.088 * patient.markings
     image = canvas.strokes(points[thick], scale * weights[thick], 2.3)
     image += canvas.strokes(points[~thick], scale * weights[~thick], 1.25)
     centres = np.array([(-37.0, 0.0), (-34.0, -16.0), (39.0, -10.0), (36.0, 6.0)])
     sigmas = np.array([(9.0, 17.0), (8.0, 9.0), (10.0, 12.0), (8.0, 13.0)])
     return image + canvas.blobs(centres, sigmas, 0.17 * patient.hilum * np.ones(4))
-
-
-def _tree(key: int) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """A patient's vessels as points 1 mm apart: positions, weights, and which belong to the thick branches."""
-    rng = np.random.default_rng([key, 1])
-    fan = np.concatenate([np.linspace(-1.45, 1.5, 9), np.pi - np.linspace(-1.45, 1.5, 9)])
-    angle = fan + rng.normal(0.0, 0.12, fan.size)
-    start = np.where(np.cos(fan)[:, None] > 0, [[36.0, -4.0]], [[-34.0, 2.0]]) + rng.normal(0.0, 5.0, (fan.size, 2))
-    length, weight = rng.uniform(45.0, 80.0, fan.size), np.full(fan.size, 1.0)
-    found: list[tuple[Floats, Floats, NDArray[np.bool_]]] = []
-    for level in range(3):
-        run = np.arange(0.0, 1.0, 1.0 / 60.0)
-        bend = rng.normal(0.0, 0.45, angle.size)
-        heading = angle[:, None] + bend[:, None] * run[None, :]
-        step = (length / run.size)[:, None]
-        path = start[:, None, :] + np.cumsum(np.stack([np.cos(heading), np.sin(heading)], -1) * step[..., None], 1)
-        share = weight[:, None] * (1.0 - 0.75 * run)[None, :] * step
-        found.append((path.reshape(-1, 2), share.ravel(), np.full(share.size, level == 0)))
-        parent = np.repeat(np.arange(angle.size), 3 if level == 0 else 2)
-        at = rng.integers(12, 55, parent.size)
-        start, turn = path[parent, at], rng.choice([-1.0, 1.0], parent.size) * rng.uniform(0.35, 0.8, parent.size)
-        angle = heading[parent, at] + turn
-        weight, length = weight[parent] * 0.62, length[parent] * rng.uniform(0.4, 0.7, parent.size)
-    points, weights, thick = (np.concatenate(part) for part in zip(*found, strict=True))
-    return points, weights, thick
-
-
-def _fields(key: int, rows: int, columns: int) -> tuple[Image, Image]:
-    """Soft random fields interpolated from lattices: interstitial texture, and how aeration varies by region."""
-    rng = np.random.default_rng([key, 3])
-    fine, coarse, region = (_field(rng, cells, rows, columns) for cells in (47, 19, 6))
-    return 0.7 * fine + 1.25 * coarse, region
-
-
-def _field(rng: np.random.Generator, cells: int, rows: int, columns: int) -> Image:
-    """Normal random numbers on a square lattice, smoothly interpolated."""
-    noise = rng.standard_normal((cells, cells), np.float32)
-    (top, down), (left, across) = _lattice(rows, cells), _lattice(columns, cells)
-    lines = noise[top] + (noise[top + 1] - noise[top]) * down[:, None]
-    steps = lines[:, 1:] - lines[:, :-1]
-    image: Image = lines[:, left] + steps[:, left] * across[None, :]
-    return image
-
-
-@lru_cache(maxsize=32)
-def _lattice(size: int, cells: int) -> tuple[NDArray[np.intp], Image]:
-    """For each pixel of an axis: the lattice cell it lies in, and how far across, eased so that no edges show."""
-    place = np.arange(size) * ((cells - 1.001) / size)
-    part = place % 1.0
-    return place.astype(np.intp), (part * part * (3.0 - 2.0 * part)).astype(np.float32)

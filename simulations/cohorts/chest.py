@@ -27,7 +27,8 @@ from pydicom.uid import (
 )
 from scipy.ndimage import gaussian_filter, uniform_filter  # type: ignore[import-untyped,unused-ignore]
 
-from simulations.cohorts.anatomy import Canvas, Habitus, Image, Pose, draw_chest, draw_opacity, draw_patient
+from simulations.cohorts.anatomy import Canvas, Habitus, Pose, draw_chest, draw_opacity, draw_patient
+from simulations.cohorts.texture import Image
 
 GENERATOR = "chest phantom 1"  # goes into README.txt and the headers; raise it when the pictures change
 _BUILD, _LABEL, _FINDING, _EXPOSURE, _HEADER, _SCANNER = range(6)  # purposes of the random streams
