@@ -81,6 +81,8 @@ def query(message: Message, context: Context) -> Message:
 def _query(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     if message.content["config"].get("fresh", True):
         Moments(workspace.home, context.run_id).forget(after=_round(message))
+    for skip in workspace.data.skipped:
+        write_log(workspace.home, f"left out, cannot be read: {skip.path} ({skip.code})")
     counts = split_counts(workspace.data, SPLITS)
     metrics: dict[str, int | list[int]] = {f"images-{split}": number for split, number in counts.items()}
     metrics["skipped"] = len(workspace.data.skipped)

@@ -79,10 +79,7 @@ def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> Datas
     parts = []
     for file, _ in files:
         site = read_site(Path(file), Path(home))
-        data = task.load(task.read_samples(site, job), site, job)
-        for skip in data.skipped:
-            write_log(Path(home), f"left out, cannot be read: {skip.path} ({skip.code})")
-        parts.append(data)
+        parts.append(task.load(task.read_samples(site, job), site, job))
     return concatenate(parts)
 
 

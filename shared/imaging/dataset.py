@@ -111,10 +111,10 @@ def load_dataset(
     index = json.loads((entry / "index.json").read_text(encoding="utf-8"))
     skipped = tuple(Skipped(**item) for item in index["skipped"])
     if len(skipped) > site.max_unreadable * len(samples) + 1e-9:  # 29 of 100 are not above 0.29
-        first = ", ".join(f"{item.path} ({item.code})" for item in skipped[:3])
+        names = ", ".join(f"{item.path} ({item.code})" for item in skipped[:20])
         raise SiteRefusal(
             "too-many-unreadable",
-            f"{len(skipped)} of {len(samples)} images cannot be read, the limit is {site.max_unreadable:.0%}: {first}"
+            f"{len(skipped)} of {len(samples)} images cannot be read, the limit is {site.max_unreadable:.0%}: {names}"
             "; mend or remove them, or raise [limits] max_unreadable in site.toml",
         )
     kept = index["kept"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shared.config import Job
@@ -177,3 +179,23 @@ def test_site_check_walks_odd_and_broken_dicom_without_crashing(shared_data: Cal
     lenient = consilium("site", "check", "--data", folder, "--format", "dicom", "--limit", "0.9")
     assert lenient.returncode == 0
     assert lenient.stdout.splitlines()[-1] == "FIT to join"
+
+
+def test_ctrl_c_ends_everything_and_keeps_what_there_was(job_file: Path, three_sites: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    command = [CONSILIUM, "simulate", job_file, "--data", three_sites, "--out", out, "--baselines"]
+    command += ["--set", "federation.rounds=100000"]
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (out / "last.safetensors").exists():
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "consilium: stopped"
+    assert len(family) >= 2
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert (out / "last.safetensors").exists()

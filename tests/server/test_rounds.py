@@ -187,6 +187,40 @@ def test_a_site_whose_evaluation_is_out_of_order_is_named_and_left_out(
     assert tests[-1]["metrics"]["loss"]["n"] == sum(site["loss"]["n"] for site in tests[-1]["sites"].values())
 
 
+def edit_survey(record: str, **changes: object) -> Twist:
+    def twist(reply: Message) -> Message:
+        for name, value in changes.items():
+            reply.content[record][name.replace("_", "-")] = value
+        return reply
+
+    return twist
+
+
+@pytest.mark.parametrize(
+    ("twist", "reason"),
+    [
+        (edit_survey("facts", job="another"), "other-job"),
+        (edit_survey("facts", frozen="another"), "other-frozen-weights"),
+        (edit_survey("metrics", classes=[1, 2, 3]), "wrong-records"),
+        (edit_survey("metrics", images_train=-1), "bad-weight"),
+        (edit_survey("metrics", images_train=10**12), "bad-weight"),
+        (edit_survey("status", site="../../etc <b>"), "bad-name"),
+        (raises, "site-error"),
+        (dies, "site-crashed"),
+    ],
+)
+def test_a_site_whose_survey_is_out_of_order_takes_no_part(
+    twist: Twist, reason: str, three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    federate(twisted("b", twist, "query"), three_sites, tiny_job, out)
+    events = read_events(out)
+    (survey,) = [event for event in events if event["event"] == "survey"]
+    assert [item["reason"] for item in survey["dropped"]] == [reason]
+    assert [site["name"] for site in survey["sites"]] == ["a", "c"]
+    assert {item["site"] for event in events if event["event"] == "round" for item in event["trained"]} == {"a", "c"}
+
+
 def test_two_sites_of_one_name_end_the_run(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     app = ClientApp()
 
