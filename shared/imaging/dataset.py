@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,18 @@ class Dataset:
 
     def subset(self, split: str) -> Dataset:
         """The images of one split; nothing is copied until a batch is asked for."""
-        keep = [i for i, sample in enumerate(self.samples) if sample.split == split]
-        rows = keep if not isinstance(self.images, RowView) else [self.images.rows[i] for i in keep]
-        base = self.images.base if isinstance(self.images, RowView) else self.images
-        return Dataset(RowView(base, rows), tuple(self.samples[i] for i in keep), self.skipped)  # type: ignore[arg-type]
+        if split not in self._subsets:
+            keep = [i for i, sample in enumerate(self.samples) if sample.split == split]
+            rows = [self.images.rows[i] for i in keep] if isinstance(self.images, RowView) else keep
+            base = self.images.base if isinstance(self.images, RowView) else self.images
+            images = RowView(base, rows)
+            self._subsets[split] = Dataset(images, tuple(self.samples[i] for i in keep), self.skipped)  # type: ignore[arg-type]
+        return self._subsets[split]
+
+    @cached_property
+    def _subsets(self) -> dict[str, Dataset]:
+        """Splits asked for before: every message of a run asks again."""
+        return {}
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, list[tuple[int, ...]]]:
         """Images as float32 (b, channels, size, size) in [0, 1], and their targets."""
