@@ -34,9 +34,11 @@ def job_file(tiny_job: Job, tmp_path: Path) -> Path:
 
 def test_help_answers_within_half_a_second_and_does_not_import_torch() -> None:
     took = []
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("COV")}  # as a person runs it
     for _ in range(5):
         started = time.monotonic()
-        assert "Federated learning for medical imaging" in consilium("--help").stdout
+        done = subprocess.run([CONSILIUM, "--help"], capture_output=True, text=True, env=plain, check=True)
+        assert "Federated learning for medical imaging" in done.stdout
         took.append(time.monotonic() - started)
     assert min(took) < 0.5
     code = "import sys, consilium.cli; sys.exit(bool({'torch', 'flwr', 'rich'} & set(sys.modules)))"
