@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich import box
@@ -27,6 +28,8 @@ def print_result(result: Result) -> None:
         console.print(_table("site", "the federated model at each site", metrics, federated["sites"]))
         note = f"95 % intervals in brackets; each model took {federated['gradient_steps']} gradient steps"
         console.print(note if len(models) > 1 else note.replace("each", "the"), highlight=False)
+    for (site, reason), count in Counter((item["site"], item["reason"]) for item in federated["dropped"]).items():
+        console.print(f"not used: {site}, {count} times: {reason}", highlight=False, soft_wrap=True)
     console.print(f"report: {result.report}", highlight=False, soft_wrap=True)
 
 
