@@ -23,6 +23,7 @@ class Report:
     where: str
     read: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    images: dict[str, int] = field(default_factory=dict)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     refused: str = ""
     labels: bool = False
@@ -34,12 +35,12 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The report as a data manager reads it."""
-        yield f"{self.where}: {self.read + len(self.unreadable)} images looked at, {self.read} can be read"
+        yield f"{self.where}: {self.read + len(self.unreadable)} files looked at, {self.read} images can be read"
         for path, code in self.unreadable:
             yield f"  cannot be read: {path}: {CODES[code]} ({code})"
         for split, counter in self.counts.items():
             listed = ", ".join(f"{name} {number}" for name, number in counter.items())
-            yield f"  {split}: {sum(counter.values())} images ({listed})"
+            yield f"  {split}: {self.images[split]} images ({listed})"
         if not self.labels and not self.refused:
             yield "  labels were not looked at; add --job JOB.toml to check them"
         yield f"REFUSED: {self.refused}" if self.refused else "FIT to join"
@@ -68,7 +69,8 @@ def check_site(file: Path | None, data: Path | None, form: str, job_file: Path |
         _labelled(report, site, job)
     else:
         paths = sorted(path for path in site.root.rglob("*") if path.is_file())
-        names = [path.relative_to(site.root).as_posix() for path in paths if form == "dicom" or is_image_name(path)]
+        shown = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(site.root).parts)]
+        names = [path.relative_to(site.root).as_posix() for path in shown if form == "dicom" or is_image_name(path)]
         _read_all(report, site, [Sample(name, (), "", "") for name in names], only_dicom=form == "dicom")
     _judge(report, site.max_unreadable if limit is None else limit)
     return report
@@ -83,6 +85,7 @@ def _labelled(report: Report, site: SiteData, job: Job) -> None:
         return
     good = _read_all(report, site, samples)
     for split in SPLITS:
+        report.images[split] = sum(sample.split == split for sample in good)
         counter = Counter(dict.fromkeys(job.classes, 0))
         counter.update(job.classes[k] for sample in good if sample.split == split for k in sample.target)
         report.counts[split] = counter
@@ -114,14 +117,16 @@ def _read(path: Path, sample: Sample, only_dicom: bool) -> None:
 
 
 def _judge(report: Report, limit: float) -> None:
-    total = report.read + len(report.unreadable)
+    # What is no image at all (a table, a report, a plan) is named, but nobody expects to train on it.
+    broken = sum(code not in ("not-dicom", "no-pixels") for _, code in report.unreadable)
+    total = report.read + broken
     if report.refused:
         return
     if not total:
         report.refused = "no image was found here"
-    elif len(report.unreadable) > limit * total + 1e-9:  # 29 of 100 are not above 0.29
-        share = len(report.unreadable) / total
+    elif broken > limit * total + 1e-9:  # 29 of 100 are not above 0.29
+        share = broken / total
         report.refused = (
-            f"{len(report.unreadable)} of {total} images ({share:.0%}) cannot be read, the limit is {limit:.0%}; "
+            f"{broken} of {total} images ({share:.0%}) cannot be read, the limit is {limit:.0%}; "
             "mend or remove them, or raise [limits] max_unreadable in site.toml"
         )

@@ -36,18 +36,18 @@ class Workspace:
 def write_log(home: Path, text: str) -> None:
     """Append a line to the site's own log, which never leaves the site."""
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "site.log").open("a", encoding="utf-8") as file:
+    with (home / "site.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
 
 
 def find_sites(node: dict[str, Scalar], run: dict[str, Scalar]) -> tuple[str, Path, list[Path]]:
     """Name, home and site.toml files of a node, from what the engine or the hospital configured.
 
-    ``site`` in the node's config names the site.toml (several, joined by ``os.pathsep``, are pooled). Flower's own
+    ``site`` in the node's config names the site.toml (several, one a line, are pooled). Flower's own
     simulation engine gives nodes only a number: then the run's ``run.sites`` folder holds one site.toml per number.
     """
     if "site" in node:
-        files = [Path(part) for part in str(node["site"]).split(os.pathsep)]
+        files = [Path(part) for part in str(node["site"]).splitlines()]
     elif run.get("run.sites"):
         files = sorted(Path(str(run["run.sites"])).glob("*/site.toml"))
         number = int(node["partition-id"])

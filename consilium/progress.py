@@ -56,7 +56,7 @@ class _Facts:
 @contextlib.contextmanager
 def _bars(job: Job, console: Console) -> Iterator[Observer]:
     columns = (
-        TextColumn("{task.description:<16}"),
+        TextColumn("{task.description:<16}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}"),
@@ -69,12 +69,12 @@ def _bars(job: Job, console: Console) -> Iterator[Observer]:
         def observe(name: str, event: dict[str, Any]) -> None:
             with lock:
                 if name not in bars:
-                    bars[name] = progress.add_task(_label(name), total=job.federation.rounds, facts="reading images")
+                    bars[name] = progress.add_task(name, total=job.federation.rounds, facts="reading images")
                 facts.hear(name, event)
                 done = event["round"] if event["event"] == "round" else None
                 progress.update(bars[name], completed=done, facts=facts.describe(name))
                 for line in _remarks(name, event):
-                    progress.console.print(line, style="yellow", highlight=False)
+                    progress.console.print(line, style="yellow", highlight=False, markup=False)
 
         yield observe
 
@@ -95,14 +95,10 @@ class _Lines:
             last = event.get("round") == self.rounds or event.get("split") == "test"
             if event["event"] == "evaluation" and (last or time.monotonic() - self.said.get(name, 0.0) > 1):
                 self.said[name] = time.monotonic()
-                self._print(f"{_label(name)}: round {event['round']}/{self.rounds} {self.facts.describe(name).strip()}")
+                self._print(f"{name}: round {event['round']}/{self.rounds} {self.facts.describe(name).strip()}")
 
     def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def _label(name: str) -> str:
-    return name if name in ("federated", "pooled") else f"only {name}"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _remarks(name: str, event: dict[str, Any]) -> Iterator[str]:
@@ -114,6 +110,6 @@ def _remarks(name: str, event: dict[str, Any]) -> Iterator[str]:
             counts = f"{images['train']} training, {images['val']} validation, {images['test']} test images"
             yield f"{site['name']}: {counts}{skipped}"
     for item in event.get("dropped", []):
-        yield f"{_label(name)}: {event['event']} {event.get('round', 0)}: {item['site']} not used: {item['reason']}"
+        yield f"{name}: {event['event']} {event.get('round', 0)}: {item['site']} not used: {item['reason']}"
     if event["event"] == "warning":
-        yield f"{_label(name)}: {event['text']}"
+        yield f"{name}: {event['text']}"

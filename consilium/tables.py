@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from simulations.result import Result
@@ -19,18 +20,19 @@ def print_result(result: Result) -> None:
     models = {"federated": federated}
     models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
     models |= {f"only {name}": row for name, row in scores.get("local", {}).items()}
+    tested = federated.get("n", {}).get("accuracy", 0)
     metrics = [name for name in federated.get("intervals", {}) if ":" not in name and name not in ("loss", "accuracy")]
     console = Console()
-    if not metrics:
+    if not tested:
         console.print("no test image at any site: there is no test figure", highlight=False)
     else:
-        console.print(_table("model", f"{scores['job']['name']}: all sites' test images", metrics, models))
+        console.print(_table("model", escape(f"{scores['job']['name']}: all sites' test images"), metrics, models))
         console.print(_table("site", "the federated model at each site", metrics, federated["sites"]))
         note = f"95 % intervals in brackets; each model took {federated['gradient_steps']} gradient steps"
         console.print(note if len(models) > 1 else note.replace("each", "the"), highlight=False)
     for (site, reason), count in Counter((item["site"], item["reason"]) for item in federated["dropped"]).items():
-        console.print(f"not used: {site}, {count} times: {reason}", highlight=False, soft_wrap=True)
-    console.print(f"report: {result.report}", highlight=False, soft_wrap=True)
+        console.print(f"not used: {site}, {count} times: {reason}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(what: str, title: str, metrics: list[str], rows: dict[str, dict[str, Any]]) -> Table:
@@ -40,7 +42,9 @@ def _table(what: str, title: str, metrics: list[str], rows: dict[str, dict[str, 
         table.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("images", justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(_cell(row, metric) for metric in metrics), str(row.get("n", {}).get("accuracy", 0)))
+        table.add_row(
+            escape(name), *(_cell(row, metric) for metric in metrics), str(row.get("n", {}).get("accuracy", 0))
+        )
     return table
 
 

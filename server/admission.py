@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -161,8 +162,9 @@ def _number(metrics: Mapping[str, object], key: str) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def admit_sums(reply: Message | None, template: Sums) -> Sums:
-    """Check an evaluation reply: the keys and lengths of ``template``, and nothing negative or infinite.
+def admit_sums(reply: Message | None, template: Sums, task: ModuleType, job: Job, surveyed: int) -> Sums:
+    """Check an evaluation reply: the keys, lengths and kinds of ``template``, nothing negative or infinite, counts that
+    agree with each other, and no more images than the site named before the first round.
 
     Raises:
         Dropped: with the reason.
@@ -179,6 +181,10 @@ def admit_sums(reply: Message | None, template: Sums) -> Sums:
             raise Dropped("wrong-shape")
         if not np.all(np.isfinite(sums[key]) & (np.asarray(sums[key]) >= 0)):
             raise Dropped("not-finite")
+        if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
+            raise Dropped("wrong-sums")
+    if sums["n"] > surveyed or not task.consistent(sums, job):  # type: ignore[operator]
+        raise Dropped("wrong-sums")
     return sums
 
 

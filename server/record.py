@@ -29,6 +29,7 @@ REASONS = {
     "undecodable": "the reply could not be decoded",
     "wrong-shape": "a part of the reply has the wrong size",
     "wrong-dtype": "a part of the reply has the wrong number type",
+    "wrong-sums": "the counts in the reply contradict each other or name more images than there are",
     "not-finite": "the reply holds numbers that are not finite or not allowed",
     "too-far": "the site’s change of the model is larger than the job allows",
     "other-job": "the site runs another job",

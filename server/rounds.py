@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from shared.cases import derived_seed
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import Estimate
+from shared.sitefile import SITE_NAME
 from shared.tasks import METRICS, Sums, add_sums, load_task
 from shared.training import pick_device
 from shared.weights import exchanged, frozen_digest, put
@@ -257,7 +259,7 @@ class Run:
         asked = [place for place in self.places if place.images[split]]
         for place, reply in self._exchange(MessageType.EVALUATE, content, asked, number):
             try:
-                sums[place.name] = admit_sums(reply, self.template)
+                sums[place.name] = admit_sums(reply, self.template, self.task, self.job, place.images[split])
             except Dropped as reason:
                 dropped.append({"site": place.name, "reason": str(reason)})
         whole = add_sums([self.template, *sums.values()])
@@ -277,7 +279,8 @@ class Run:
 def _site_name(reply: Message | None) -> str:
     if reply is None or reply.has_error():
         return ""
-    return str(reply.content.config_records.get("status", ConfigRecord()).get("site", ""))[:64]
+    name = str(reply.content.config_records.get("status", ConfigRecord()).get("site", ""))
+    return name if re.fullmatch(SITE_NAME, name) else ""  # a name is all that may ride on it
 
 
 def _rows(metrics: dict[str, Estimate]) -> dict[str, dict[str, Any]]:

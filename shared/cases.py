@@ -56,7 +56,7 @@ class Sample:
 
 def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on ``text`` alone, on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
 def split_of(patient: str, val_fraction: float, test_fraction: float) -> str:

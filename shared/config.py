@@ -80,7 +80,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = knob("cnn", "see `consilium models`")
+    name: str = knob("cnn", "cnn, resnet18, resnet50, densenet121 or vgg16")
     weights: str = knob("", "start from a local file (.safetensors, .pt) or a torchvision weight name such as DEFAULT")
     freeze: str = knob("none", "backbone: train and exchange only the head", choices=("none", "backbone"))
     width: int = knob(24, "channels of the first stage of cnn", low=4, high=512)
@@ -115,7 +115,9 @@ class Federation:
     )
     max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
     max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
-    round_timeout: float = knob(3600.0, "seconds after which a round goes on without the sites still missing", low=1.0)
+    round_timeout: float = knob(
+        3600.0, "seconds after which a round goes on without the sites still missing", low=1.0, high=1e7
+    )
 
 
 @dataclass(frozen=True)

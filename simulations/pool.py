@@ -229,6 +229,6 @@ def _call(app: ClientApp, message: Message, context: Context) -> Message:
         home = context.node_config.get("home")
         if home:
             Path(str(home)).mkdir(parents=True, exist_ok=True)
-            with (Path(str(home)) / "site.log").open("a", encoding="utf-8") as file:
+            with (Path(str(home)) / "site.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(traceback.format_exc())
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)

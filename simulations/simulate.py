@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from server.app import app as server_app
+from server.heldout import load_heldout
 from server.results import run_scores
 from server.rounds import Run, RunFailed
 from server.store import Event, listening, write_json
@@ -57,10 +59,14 @@ def run(
     """
     job = job if isinstance(job, Job) else load_job(job)
     load_task(job.task).check(job)
-    folder = _fresh_folder(Path(out) if out else Path("runs") / job.name)
+    folder = _fresh_folder(
+        Path(out) if out else Path("runs") / (re.sub(r"[^\w.-]+", "-", job.name).strip(".-") or "job")
+    )
     files = find_sites(Path(data), job, folder)
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.set_num_threads(1)  # the parent aggregates while the workers train
+    if heldout:
+        load_heldout(Path(heldout), job)  # a fault of these images shows now, not after the training
     extra: dict[str, Scalar] = {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with WorkerPool("client.app:app", workers) as pool:
         nodes = [_node(folder / "sites", file) for file in files]
@@ -68,8 +74,9 @@ def run(
         others = {}
         if baselines:
             jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines")
-            jury.survey(fresh=False)
-            others = _baselines(pool, files, jury)
+            with contextlib.suppress(RunFailed):  # too few sites: the federated run will say so
+                jury.survey(fresh=False)
+                others = _baselines(pool, files, jury)
         failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= _collect(folder, others)
@@ -89,17 +96,21 @@ def _collect(folder: Path, others: dict[str, Run]) -> dict[str, Any]:
         if name == POOLED:
             found[POOLED] = run_scores(other.folder)
         else:
-            local[name] = run_scores(other.folder)
+            local[name.removeprefix("only ")] = run_scores(other.folder)
     return found | ({"local": local} if others else {})
 
 
 def _fresh_folder(folder: Path) -> Path:
     """An empty run folder; a run that is already there is moved aside, anything else is refused."""
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"--out {folder}: is the folder you are in; name one of its own")
     try:
         if folder.exists() and any(folder.iterdir()):
             if not (folder / "rounds.jsonl").exists():
                 raise UserError(f"--out {folder}: holds files that are not a run of ours; name a new folder")
-            folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+            folder.rename(
+                folder.resolve().with_name(f"{folder.resolve().name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+            )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rounds.jsonl").touch()
     except OSError as error:
@@ -110,7 +121,7 @@ def _fresh_folder(folder: Path) -> Path:
 def _node(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) -> dict[str, Scalar]:
     name = name or read_site(file).name
     return {
-        "site": os.pathsep.join(str(path.resolve()) for path in (file, *more)),
+        "site": "\n".join(str(path.resolve()) for path in (file, *more)),
         "home": str((homes / name).resolve()),
         "name": name,
     }
@@ -148,11 +159,13 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, 
     homes = jury.folder
     named = {read_site(file).name: file for file in files}
     runs: dict[str, Run] = {}
-    for name in [POOLED, *(place.name for place in jury.places if place.images["train"])]:
-        chosen = list(named.values()) if name == POOLED else [named[name]]
-        label = POOLED if name == POOLED else f"local-{name}"
+    models = {POOLED: list(named.values())}
+    # No site's name has a blank in it, so that a site called "pooled" is not taken for the pooled baseline.
+    models |= {f"only {place.name}": [named[place.name]] for place in jury.places if place.images["train"]}
+    for model, chosen in models.items():
+        label = model.replace("only ", "local-")
         node = _node(homes / label, chosen[0], label, chosen[1:])
-        runs[name] = Run(_grid(pool, [node], alone, homes / label, 1), alone, homes / label, jury=jury)
+        runs[model] = Run(_grid(pool, [node], alone, homes / label, 1), alone, homes / label, jury=jury)
     return runs
 
 
@@ -165,7 +178,7 @@ def _run_all(runs: dict[str, Callable[[], object]], observe: Observer | None) ->
             with _heard(name, observe):
                 run_()
         except RunFailed as failure:
-            failures.append(str(failure) if name == FEDERATED else f"baseline {name}: {failure}")
+            failures.append(str(failure) if name == FEDERATED else f"baseline ({name}): {failure}")
         except Exception as error:
             crashed.append(error)
 

@@ -71,6 +71,8 @@ def _describe(folder: Path, number: int, job: Job, out: Path) -> Path:
     """Write a site.toml for a folder, named as the folder as far as a site's name may be."""
     plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")[:60] or f"site-{number}"
+    if (out / "sites" / name).exists():  # Zürich and Zurich
+        name = f"{name}-{number}"
     place = toml_scalar(str(folder.resolve()))
     content = f'name = "{name}"\n\n[data]\ndir = {place}\nformat = "{job.data.format}"\n'
     file = out / "sites" / name / "site.toml"

@@ -134,7 +134,8 @@ def load_dataset(
 
 
 def _key(samples: Sequence[Sample], site: SiteData, job: Job) -> str:
-    digest = hashlib.sha256(f"{CACHE_VERSION} {job.data.channels} {job.data.size}".encode())
+    head = f"{CACHE_VERSION} {job.data.channels} {job.data.size} {site.root.resolve()}"
+    digest = hashlib.sha256(head.encode("utf-8", "surrogateescape"))
     stamps: dict[str, str] = {}
     for sample in samples:
         if sample.path not in stamps:
@@ -143,7 +144,7 @@ def _key(samples: Sequence[Sample], site: SiteData, job: Job) -> str:
                 stamps[sample.path] = f"{status.st_size} {status.st_mtime_ns}"
             except OSError:
                 stamps[sample.path] = "absent"
-        digest.update(f"{sample.id} {stamps[sample.path]}\n".encode())
+        digest.update(f"{sample.id} {stamps[sample.path]}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 

@@ -8,6 +8,7 @@
     class_weights(counts of all sites, job) -> [float] learning.py
     step(model, batch, job, class_weights) -> loss     learning.py
     collect(model, dataset, job) -> sums               learning.py
+    consistent(sums, job) -> bool                      metrics.py
     summarise(sums, job) -> {name: Estimate}           metrics.py
 
 ``sums`` is a flat dict of ints, floats and lists of them that adds up over sites (see ``add_sums``).

@@ -93,7 +93,7 @@ def test_every_unreadable_file_is_named_with_its_reason(tmp_path: Path) -> None:
     expected = [("3.png", "unsupported-format"), ("4.png", "unsupported-format"), ("deep/x.dcm", "empty-file")]
     assert report.unreadable == expected
     lines = list(report.lines())
-    assert f"{file}: 6 images looked at, 3 can be read" == lines[0]
+    assert f"{file}: 6 files looked at, 3 images can be read" == lines[0]
     for (path, code), line in zip(expected, lines[1:4], strict=True):
         assert path in line
         assert CODES[code] in line

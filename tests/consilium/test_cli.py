@@ -88,6 +88,8 @@ def broken(kind: str, sites: Path) -> tuple[list[str], str]:
         case "site file wrong":
             (sites / "b" / "site.toml").write_text('nam = "b"\n')
             return [], "did you mean 'name'"
+        case "out is where we are":
+            return ["--out", "."], "the folder you are in"
         case "no sites":
             shutil.rmtree(sites)
             sites.mkdir()
@@ -99,7 +101,7 @@ def broken(kind: str, sites: Path) -> tuple[list[str], str]:
     "kind",
     [
         "unknown key", "wrong type", "bad choice", "unknown model", "unknown metric", "label not in the map",
-        "class folder empty", "absent files", "same name twice", "site file wrong", "no sites",
+        "class folder empty", "absent files", "out is where we are", "same name twice", "site file wrong", "no sites",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(kind: str, job_file: Path, three_sites: Path, tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_site_check_walks_odd_and_broken_dicom_without_crashing(shared_data: Cal
     files = sum(path.is_file() for path in folder.rglob("*"))
     named = [line for line in done.stdout.splitlines() if line.startswith("  cannot be read: ")]
     head = done.stdout.splitlines()[0]
-    assert f"{files} images looked at, {files - len(named)} can be read" in head
+    assert f"{files} files looked at, {files - len(named)} images can be read" in head
     assert "REFUSED" in done.stdout.splitlines()[-1]
     lenient = consilium("site", "check", "--data", folder, "--format", "dicom", "--limit", "0.9")
     assert lenient.returncode == 0

@@ -65,7 +65,7 @@ def first(arrays: dict[str, np.ndarray], value: np.ndarray) -> dict[str, np.ndar
     return {name: value if number == 0 else array for number, (name, array) in enumerate(arrays.items())}
 
 
-def edit_metrics(**changes: float) -> Twist:
+def edit_metrics(**changes: object) -> Twist:
     def twist(reply: Message) -> Message:
         values = dict(reply.content["metrics"]) | {name.replace("_", "-"): value for name, value in changes.items()}
         reply.content["metrics"] = MetricRecord(values)
@@ -174,10 +174,19 @@ def test_below_the_quorum_the_run_ends_and_keeps_its_rounds(three_sites: Path, t
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"n": float("inf")}, "not-finite"), ({"loss": -3.0}, "not-finite"), ({"extra": 1}, "wrong-names")],
+    [
+        ({"n": float("inf")}, "not-finite"),
+        ({"loss": -3.0}, "not-finite"),
+        ({"extra": 1}, "wrong-names"),
+        ({"n": 10**6}, "wrong-sums"),  # more than the site named
+        ({"n": 1}, "wrong-sums"),  # fewer than its own counts
+        ({"n": 4.0}, "wrong-sums"),  # a count is a whole number
+        ({"confusion": [5, 0, 0, 5]}, "wrong-sums"),
+        ({"positives": [2**62] * 4000}, "wrong-sums"),
+    ],
 )
 def test_a_site_whose_evaluation_is_out_of_order_is_named_and_left_out(
-    changes: dict[str, float], reason: str, three_sites: Path, tiny_job: Job, tmp_path: Path
+    changes: dict[str, object], reason: str, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     federate(twisted("b", edit_metrics(**changes), "evaluate"), three_sites, tiny_job, out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,60 @@ def test_every_event_is_stored_as_it_is_heard(three_sites: Path, tiny_job: Job, 
     heard: list[dict[str, object]] = []
     run(tiny_job, three_sites, tmp_path / "o", observe=lambda name, event: heard.append(event))
     assert json.loads(json.dumps(heard)) == read_events(tmp_path / "o")
+
+
+def test_sites_may_be_called_like_the_models_and_live_under_odd_paths(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    """Names the program itself uses, and paths with a colon, a blank and a bracket."""
+    data = tmp_path / "Küste: [x] daten"
+    three_sites.rename(data)
+    for old, new in {"a": "federated", "b": "pooled"}.items():
+        file = data / old / "site.toml"
+        file.write_text(file.read_text().replace(f'name = "{old}"', f'name = "{new}"'))
+    scores = run(tiny_job, data, tmp_path / "o [bold]", baselines=True).scores
+    assert scores["federated"]["rounds"] == 3
+    assert set(scores["local"]) == {"federated", "pooled", "c"}
+    assert {row["gradient_steps"] for row in [scores["pooled"], *scores["local"].values()]} == {18}
+    assert scores["local"]["pooled"] != scores["pooled"]
+
+
+def test_sites_that_share_a_cache_folder_do_not_share_pixels(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+
+    shutil.rmtree(three_sites / "b")
+    shutil.copytree(three_sites / "a", three_sites / "b")
+    for number, name in enumerate("ab"):
+        file = three_sites / name / "site.toml"
+        file.write_text(file.read_text().replace('name = "a"', f'name = "{name}"') + '[cache]\ndir = "../one-cache"\n')
+        for image in (three_sites / name / "images").iterdir():
+            Image.fromarray(np.full((16, 16), number * 200, np.uint8)).save(image, compress_level=0)
+            os.utime(image, (1, 1))
+    run(tiny_job, three_sites, tmp_path / "o")
+    entries = [np.load(file).max() for file in sorted((three_sites / "one-cache").glob("*/images.npy"))]
+    assert sorted(entries) == sorted([0, round(200 / 255 * 65535)])
+
+
+def test_a_fault_of_the_servers_own_images_shows_before_the_training(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    table = three_sites / "c" / "labels.csv"
+    held = tmp_path / "held"
+    three_sites.joinpath("c").rename(held)
+    table = held / "labels.csv"
+    table.write_text(table.read_text().replace(",left,", ",links,", 1))
+    with pytest.raises(UserError, match="label 'links'"):
+        run(tiny_job, three_sites, tmp_path / "o", heldout=held / "site.toml")
+    assert read_events(tmp_path / "o") == []
+
+
+def test_baselines_below_the_quorum_fail_like_the_federation_with_a_report(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    from server.rounds import RunFailed
+
+    for image in (three_sites / "b" / "images").iterdir():
+        image.write_bytes(b"not a picture")
+    with pytest.raises(RunFailed, match="b: site-declined: too-many-unreadable"):
+        run(tiny_job.replace(federation__min_sites=3), three_sites, tmp_path / "o", baselines=True)
+    assert (tmp_path / "o" / "report.html").exists()
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["federated"]["rounds"] == 0

@@ -84,6 +84,8 @@ def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
             rows = list(csv.DictReader(file))
     except FileNotFoundError:
         raise SiteRefusal("no-data", f"{table}: no such file; set [data] csv in site.toml") from None
+    except OSError as error:
+        raise SiteRefusal("bad-table", f"{table}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise SiteRefusal("bad-table", f"{table}: not a CSV in UTF-8: {error}") from None
     columns = set(rows[0]) if rows else set()
@@ -92,9 +94,9 @@ def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
     nameless = [line for line, row in enumerate(rows, start=2) if not row["path"]]
     if nameless:
         raise SiteRefusal("bad-table", f"{table} line {nameless[0]}: the column path is empty")
-    absent = [row["path"] for row in rows if not (site.root / row["path"]).is_file()]
+    absent = [row["path"] for row in rows if not _is_file(site.root / row["path"])]
     if absent:
-        names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+        names = ", ".join(name[:200] for name in absent[:3]) + (", …" if len(absent) > 3 else "")
         raise SiteRefusal("missing-files", f"{table}: names {len(absent)} files that are not there: {names}")
     for line, row in enumerate(rows, start=2):
         where = f"{table} line {line}"
@@ -108,6 +110,13 @@ def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
         split = _split(row.get("split") or "", where)
         patient = row.get("patient") or _patient(site.root / row["path"], row["path"])
         yield _sample(job, row["path"], _target(row["label"] or "", where, site, job), patient, split, **more)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long to be one: a quote in the table that is never closed
+        return False
 
 
 def _frame(text: str, where: str) -> int | str:

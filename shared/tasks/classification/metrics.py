@@ -56,6 +56,15 @@ def confusion_matrix(sums: Sums, job: Job) -> np.ndarray:
     return counts.reshape((classes, 2, 2) if job.data.multilabel else (classes, classes))
 
 
+def consistent(sums: Sums, job: Job) -> bool:
+    """Whether the counts of one site agree: every image once in the confusion counts and in each class's histograms."""
+    n, labels = sums["n"], len(job.classes) if job.data.multilabel else 1
+    counts = [int(value) for value in sums["confusion"]]  # type: ignore[union-attr]
+    both = [int(a) + int(b) for a, b in zip(sums["positives"], sums["negatives"], strict=True)]  # type: ignore[arg-type]
+    per_class = [sum(both[k * BINS : (k + 1) * BINS]) for k in range(len(job.classes))]
+    return sum(counts) == n * labels and all(total == n for total in per_class)
+
+
 def summarise(sums: Sums, job: Job) -> dict[str, Estimate]:
     """Metrics with 95 % intervals: auroc (macro, one against rest), balanced_accuracy, accuracy, loss, auroc:<class>.
 
