@@ -83,7 +83,7 @@ class Run:
     # ------------------------------------------------------------------ the whole run
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate and save; returns what result.json holds of this run.
+        """Train, evaluate and save; returns the best round, the seconds it took and the names of the sites.
 
         Raises:
             RunFailed: fewer sites than the quorum are left.
