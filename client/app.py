@@ -21,7 +21,7 @@ from shared.errors import SiteRefusal, UserError
 from shared.tasks import Sums, load_task
 from shared.training import pick_device
 from shared.training import train as train_locally
-from shared.weights import exchanged, frozen_digest, put
+from shared.weights import REFERENCE, exchanged, frozen_digest, put
 
 app = ClientApp()
 Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
@@ -33,7 +33,7 @@ def _answer(message: Message, context: Context, answer: Answer) -> Message:
     name, code = "", ""
     content = RecordDict()
     try:
-        job = job_from_flat(context.run_config)
+        job = _job(message, context)
         workspace = open_workspace(context.node_config, context.run_config, job)
         name = workspace.name
         content = answer(message, context, job, workspace)
@@ -54,6 +54,15 @@ def _answer(message: Message, context: Context, answer: Answer) -> Message:
         {"site": name or _name(context), "ok": not code, "code": code, "version": __version__}
     )
     return Message(content, reply_to=message)
+
+
+def _job(message: Message, context: Context) -> Job:
+    """The run's job, or the one whose model is the reference that the run's is measured by."""
+    job = job_from_flat(context.run_config)
+    if not message.content["config"].get("reference", False):
+        return job
+    reference: Job = load_task(job.task).reference(job)
+    return reference
 
 
 def _round(message: Message) -> int:
@@ -80,7 +89,7 @@ def query(message: Message, context: Context) -> Message:
 
 def _query(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     if message.content["config"].get("fresh", True):
-        Moments(workspace.home, context.run_id).forget(after=_round(message))
+        Moments(workspace.home, context.run_id, job).forget(after=_round(message))
     for skip in workspace.data.skipped:
         write_log(workspace.home, f"left out, cannot be read: {skip.path} ({skip.code})")
     counts = split_counts(workspace.data, SPLITS)
@@ -103,7 +112,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     model = open_model(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     data = workspace.data.subset("train")
-    moments = Moments(workspace.home, context.run_id)
+    moments = Moments(workspace.home, context.run_id, job)
     trained = train_locally(
         model,
         load_task(job.task),
@@ -131,6 +140,9 @@ def _evaluate(message: Message, context: Context, job: Job, workspace: Workspace
     model = open_model(job)
     device = pick_device(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
+    if REFERENCE in message.content.array_records:
+        reference = message.content.array_records[REFERENCE].to_torch_state_dict()
+        model.get_submodule(REFERENCE).load_state_dict(reference)
     data = workspace.data.subset(str(message.content["config"]["split"]))
     sums = load_task(job.task).collect(model.to(device), data, job, device)
     return RecordDict({"metrics": MetricRecord(sums)})

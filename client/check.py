@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from shared.config import Job, load_job, nearest
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.errors import CODES, UnreadableImage
 from shared.imaging.read import is_image_name, read_image
-from shared.sitefile import FORMATS, read_site
+from shared.samples import read_samples
+from shared.settings import FORMATS
+from shared.sitefile import read_site
 from shared.tasks import load_task
 
 
@@ -40,7 +42,7 @@ class Report:
             yield f"  cannot be read: {path}: {CODES[code]} ({code})"
         for split, counter in self.counts.items():
             listed = ", ".join(f"{name} {number}" for name, number in counter.items())
-            yield f"  {split}: {self.images[split]} images ({listed})"
+            yield f"  {split}: {self.images[split]} images{f' ({listed})' if listed else ''}"
         if not self.labels and not self.refused:
             yield "  labels were not looked at; add --job JOB.toml to check them"
         yield f"REFUSED: {self.refused}" if self.refused else "FIT to join"
@@ -71,7 +73,8 @@ def check_site(file: Path | None, data: Path | None, form: str, job_file: Path |
         paths = sorted(path for path in site.root.rglob("*") if path.is_file())
         shown = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(site.root).parts)]
         names = [path.relative_to(site.root).as_posix() for path in shown if form == "dicom" or is_image_name(path)]
-        _read_all(report, site, [Sample(name, (), "", "") for name in names], only_dicom=form == "dicom")
+        samples = [Sample(name, (), "", "") for name in names]
+        _read_all(report, samples, lambda sample: _read(site.root / sample.path, sample, form == "dicom"))
     _judge(report, site.max_unreadable if limit is None else limit)
     return report
 
@@ -79,26 +82,29 @@ def check_site(file: Path | None, data: Path | None, form: str, job_file: Path |
 def _labelled(report: Report, site: SiteData, job: Job) -> None:
     report.labels = True
     try:
-        samples: list[Sample] = load_task(job.task).read_samples(site, job)
+        samples = read_samples(site, job)
     except SiteRefusal as refusal:
         report.refused = str(refusal)
         return
-    good = _read_all(report, site, samples)
+    task = load_task(job.task)
+    good = _read_all(report, samples, lambda sample: task.decode(sample, site, job))
     for split in SPLITS:
         report.images[split] = sum(sample.split == split for sample in good)
         counter = Counter(dict.fromkeys(job.classes, 0))
-        counter.update(job.classes[k] for sample in good if sample.split == split for k in sample.target)
-        report.counts[split] = counter
-    if not any(report.counts["train"].values()):
+        named = [sample for sample in good if sample.split == split]
+        counter.update(job.classes[k] for sample in named for k in sample.target if not job.labels)
+        counter.update(job.classes[box[0]] for sample in named for box in sample.boxes)
+        report.counts[split] = Counter({name: n for name, n in counter.items() if counter.total()})
+    if not report.images["train"]:
         report.refused = "no image is in the training split"
 
 
-def _read_all(report: Report, site: SiteData, samples: list[Sample], only_dicom: bool = False) -> list[Sample]:
+def _read_all(report: Report, samples: list[Sample], read: Callable[[Sample], object]) -> list[Sample]:
     """Decode every sample into ``report``; gives the readable ones."""
     good = []
     for sample in samples:
         try:
-            _read(site.root / sample.path, sample, only_dicom)
+            read(sample)
         except UnreadableImage as error:
             report.unreadable.append((sample.path, error.code))
         else:

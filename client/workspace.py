@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from shared.config import Job, Scalar
 from shared.errors import SiteRefusal
-from shared.imaging.dataset import Dataset, concatenate
+from shared.imaging.dataset import Dataset, concatenate, load_dataset
+from shared.samples import read_samples
 from shared.sitefile import OWN_FOLDER, read_site
 from shared.tasks import load_task
 
@@ -75,12 +76,8 @@ def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) ->
 
 @lru_cache(maxsize=64)
 def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> Dataset:
-    task = load_task(job.task)
-    parts = []
-    for file, _ in files:
-        site = read_site(Path(file), Path(home))
-        parts.append(task.load(task.read_samples(site, job), site, job))
-    return concatenate(parts)
+    sites = [read_site(Path(file), Path(home)) for file, _ in files]
+    return concatenate([load_dataset(read_samples(site, job), site, job) for site in sites])
 
 
 @lru_cache(maxsize=2)
@@ -93,11 +90,12 @@ def open_model(job: Job) -> nn.Module:
 class Moments:
     """The optimiser's moments between rounds, in the site's own folder, the last two rounds kept.
 
-    A round that is repeated after a crash reads those of the round before it, so it repeats exactly.
+    A round that is repeated after a crash reads those of the round before it, so it repeats exactly. ``job`` keeps
+    apart what a run trains first from what it trains then (its reference network).
     """
 
-    def __init__(self, home: Path, run_id: int) -> None:
-        self.folder = home / OWN_FOLDER / "state" / str(run_id)
+    def __init__(self, home: Path, run_id: int, job: Job) -> None:
+        self.folder = home / OWN_FOLDER / "state" / str(run_id) / job.sha256[:16]
 
     def _rounds(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))

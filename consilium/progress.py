@@ -33,7 +33,7 @@ class _Facts:
     """The last known figures of each run, from its events."""
 
     def __init__(self, job: Job) -> None:
-        self.metric = job.evaluation.best_metric
+        self.metric = job.best_metric
         self.steps: dict[str, int] = {}
         self.score: dict[str, str] = {}
         self.sites: dict[str, str] = {}
@@ -44,8 +44,8 @@ class _Facts:
             asked = len(event["trained"]) + len(event["dropped"])
             self.sites[name] = f"{len(event['trained'])}/{asked} sites"
         elif event["event"] == "evaluation":
-            row = event["metrics"][self.metric]
-            if row["n"]:
+            row = event["metrics"].get(self.metric)
+            if row and row["n"]:
                 where = "test " if event["split"] == "test" else ""
                 self.score[name] = f"{where}{self.metric} {row['value']:.3f}"
 

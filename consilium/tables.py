@@ -20,7 +20,7 @@ def print_result(result: Result) -> None:
     models = {"federated": federated}
     models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
     models |= {f"only {name}": row for name, row in scores.get("local", {}).items()}
-    tested = federated.get("n", {}).get("accuracy", 0)
+    tested = federated.get("images", 0)
     metrics = [name for name in federated.get("intervals", {}) if ":" not in name and name not in ("loss", "accuracy")]
     console = Console()
     if not tested:
@@ -43,7 +43,7 @@ def _table(what: str, title: str, metrics: list[str], rows: dict[str, dict[str, 
     table.add_column("images", justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
-            escape(name), *(_cell(row, metric) for metric in metrics), str(row.get("n", {}).get("accuracy", 0))
+            escape(name), *(_cell(row, metric) for metric in metrics), str(row.get("images", 0))
         )
     return table
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from safetensors.torch import load_file
 
 from server.heldout import load_heldout
 from server.rounds import Run
@@ -16,8 +17,13 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """``run.out`` is the run folder, ``run.heldout`` the site.toml of the server's own images, if any."""
+    """Runs the job of the run config.
+
+    ``run.out`` is the run folder; ``run.heldout`` the site.toml of the server's own images, if any; ``run.reference``
+    the weights of the network that the job's task measures by, where they are there already.
+    """
     job = job_from_flat(context.run_config)
     config = context.run_config
     heldout = load_heldout(Path(str(config["run.heldout"])), job) if config.get("run.heldout") else None
-    Run(grid, job, Path(str(config.get("run.out") or "run")), heldout).run()
+    reference = load_file(str(config["run.reference"])) if config.get("run.reference") else None
+    Run(grid, job, Path(str(config.get("run.out") or "run")), heldout, reference=reference).run()

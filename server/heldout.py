@@ -6,17 +6,15 @@ from pathlib import Path
 
 from shared.config import Job
 from shared.errors import SiteRefusal, UserError
-from shared.imaging.dataset import Dataset
+from shared.imaging.dataset import Dataset, load_dataset
+from shared.samples import read_samples
 from shared.sitefile import read_site
-from shared.tasks import load_task
 
 
 def load_heldout(path: Path, job: Job) -> Dataset:
     """All images described by a site.toml on the server; their split does not matter, none is trained on."""
-    task = load_task(job.task)
     site = read_site(path)
     try:
-        data: Dataset = task.load(task.read_samples(site, job), site, job)
+        return load_dataset(read_samples(site, job), site, job)
     except SiteRefusal as refusal:
         raise UserError(f"{path}: {refusal}") from None
-    return data

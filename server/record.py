@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from server.results import run_scores
 from server.store import Event, read_events
 from shared.config import Job, job_from_flat, load_job
-from shared.tasks import METRICS, Sums, add_sums
+from shared.tasks import TASKS, Sums, add_sums
 
 # Why a reply was not used: the words of server/admission.py, and the codes of sites that decline.
 REASONS = {
@@ -67,12 +67,12 @@ class Record:
     @property
     def metric(self) -> str:
         """The metric that picked the model, and that the pictures show."""
-        return self.job.evaluation.best_metric
+        return self.job.best_metric
 
     @property
     def sign(self) -> int:
         """1 where a larger value of ``metric`` is better, -1 where a smaller one is."""
-        return METRICS[self.job.task][self.metric]
+        return TASKS[self.job.task].metrics[self.metric]
 
     @cached_property
     def survey(self) -> Event:

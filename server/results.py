@@ -15,18 +15,20 @@ Scores = dict[str, Any]
 def run_scores(folder: Path) -> Scores:
     """What a run reached on the test images: metrics by name, with intervals, counts and the same per site.
 
-    ``{"auroc": .98, …, "intervals": {"auroc": [low, high], …}, "n": {"auroc": 812, …}, "sites": {name: the same},
-    "rounds", "best_round", "gradient_steps", "images_seen", "seconds", "dropped"}``
+    ``{"auroc": .98, …, "images": 812, "intervals": {"auroc": [low, high], …}, "n": {"auroc": 812, …},
+    "sites": {name: the same}, "rounds", "best_round", "gradient_steps", "images_seen", "seconds", "dropped"}``
     """
     events = read_events(folder)
     rounds = [event for event in events if event["event"] == "round"]
     test = [event for event in events if event["event"] == "evaluation" and event["split"] == "test"]
-    scores: Scores = _scores(test[-1]["metrics"]) if test else {}
+    scores: Scores = {}
     if test:
-        scores["sites"] = {name: _scores(metrics) for name, metrics in test[-1]["sites"].items()}
-        scores["best_round"] = test[-1]["round"]
-        if "server" in test[-1]:
-            scores["server"] = _scores(test[-1]["server"])
+        last = test[-1]
+        scores = _scores(last["metrics"], last["images"])
+        scores["sites"] = {name: _scores(found, last["site_images"][name]) for name, found in last["sites"].items()}
+        scores["best_round"] = last["round"]
+        if "server" in last:
+            scores["server"] = _scores(last["server"], last["server_images"])
     trained = [item for event in rounds for item in event["trained"]]
     scores["rounds"] = len(rounds)
     scores["gradient_steps"] = sum(item["steps"] for item in trained)
@@ -36,8 +38,9 @@ def run_scores(folder: Path) -> Scores:
     return scores
 
 
-def _scores(metrics: Mapping[str, Mapping[str, Any]]) -> Scores:
+def _scores(metrics: Mapping[str, Mapping[str, Any]], images: int) -> Scores:
     scores: Scores = {name: row["value"] for name, row in metrics.items()}
+    scores["images"] = images
     scores["intervals"] = {name: [row["low"], row["high"]] for name, row in metrics.items()}
     scores["n"] = {name: row["n"] for name, row in metrics.items()}
     return scores

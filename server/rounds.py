@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from torch import Tensor
+from torch import Tensor, nn
 
 from server.admission import Dropped, Update, admit, admit_facts, admit_sums
 from server.aggregation import AGGREGATORS
@@ -26,11 +27,11 @@ from shared import __version__
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.imaging.dataset import Dataset
-from shared.intervals import Estimate
+from shared.intervals import NOTHING, Estimate
 from shared.sitefile import SITE_NAME
-from shared.tasks import METRICS, Sums, add_sums, load_task
+from shared.tasks import TASKS, Sums, add_sums, load_task
 from shared.training import pick_device
-from shared.weights import exchanged, frozen_digest, put
+from shared.weights import REFERENCE, exchanged, frozen_digest, put
 
 Arrays = dict[str, Tensor]
 
@@ -64,19 +65,28 @@ class Run:
 
     ``heldout`` is the server's own data set, if it has one; its images are only evaluated on. ``jury`` is a surveyed
     run whose sites test the final model instead of this run's own: how a baseline is judged on everybody's images.
+    ``reference`` holds the weights of the network the job's task measures by, where it has one and they are there
+    already; else the run trains it first.
     """
 
     def __init__(
-        self, grid: Grid, job: Job, folder: Path, heldout: Dataset | None = None, jury: Run | None = None
+        self,
+        grid: Grid,
+        job: Job,
+        folder: Path,
+        heldout: Dataset | None = None,
+        jury: Run | None = None,
+        reference: Arrays | None = None,
     ) -> None:
         self.grid, self.job, self.folder, self.heldout, self.jury = grid, job, folder, heldout, jury
+        self.reference: Arrays = reference or {}
+        self.is_reference = False
         self.task = load_task(job.task)
         self.store = Store(folder)
         self.model = self.task.build_model(job)
         self.device = pick_device(job)
-        empty = Dataset(torch.zeros(0).numpy(), ())
-        self.template: Sums = self.task.collect(self.model, empty, job, torch.device("cpu"))
-        self.counted = len(self.task.count_classes(empty, job))
+        self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
+        self.counted = len(self.task.count_classes(Dataset.of(()), job))
         self.places: list[Place] = []
         self.best = Best()
 
@@ -104,6 +114,8 @@ class Run:
     def _train_all(self, arrays: Arrays) -> Arrays:
         job = self.job
         self.survey()
+        if hasattr(self.task, "reference") and not self.reference:
+            self.reference = train_reference(self.grid, job, self.folder)
         totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
         weights = self.task.class_weights(totals, job)
         self.evaluate(arrays, 0, "val")
@@ -116,9 +128,9 @@ class Run:
 
     def _keep_best(self, number: int, arrays: Arrays, metrics: dict[str, Estimate]) -> None:
         """Strictly better by the job's metric, in its direction, replaces the best; the earlier of equals stays."""
-        metric = self.job.evaluation.best_metric
-        value = metrics[metric].value
-        sign = METRICS[self.job.task][metric]
+        metric = self.job.best_metric
+        value = metrics.get(metric, NOTHING).value
+        sign = TASKS[self.job.task].metrics[metric]
         if math.isnan(value) or (not math.isnan(self.best.value) and sign * value <= sign * self.best.value):
             return
         self.best = Best(number, value, arrays)
@@ -135,14 +147,22 @@ class Run:
             write_model(self.folder / "model.safetensors", last, self._facts(job.federation.rounds))
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
-        metrics = self.evaluate(self.best.arrays, self.best.round, "test")
-        if not metrics["loss"].n:
+        self.evaluate(self.best.arrays, self.best.round, "test")
+        if not any(place.images["test"] for place in self.places):
             self.store.add("warning", text="no test image at any site: no test figure can be given")
         return {
             "best_round": self.best.round,
             "seconds": round(seconds, 1),
             "sites": [place.name for place in self.places],
         }
+
+    def _model_of(self, arrays: Arrays) -> nn.Module:
+        """The server's own network with these weights, on its device."""
+        put(self.model, arrays, self.job)
+        if self.reference:
+            self.model.get_submodule(REFERENCE).load_state_dict(self.reference)
+        model: nn.Module = self.model.to(self.device)
+        return model
 
     # ------------------------------------------------------------------ messages
 
@@ -166,7 +186,7 @@ class Run:
             yield place, next(ordered, None)
 
     def _config(self, round_: int, **more: Any) -> ConfigRecord:
-        return ConfigRecord({"round": round_, **more})
+        return ConfigRecord({"round": round_, **more} | ({"reference": True} if self.is_reference else {}))
 
     def survey(self, fresh: bool = True) -> None:
         """Ask every node who it is; fill ``places``, sorted by name. ``fresh``: sites forget what an earlier run left.
@@ -254,6 +274,8 @@ class Run:
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
         content = RecordDict({"arrays": ArrayRecord(arrays), "config": self._config(number, split=split)})
+        if self.reference:
+            content[REFERENCE] = ArrayRecord(self.reference)
         sums: dict[str, Sums] = {}
         dropped: list[dict[str, str]] = []
         asked = [place for place in self.places if place.images[split]]
@@ -265,15 +287,44 @@ class Run:
         whole = add_sums([self.template, *sums.values()])
         metrics = self.task.summarise(whole, self.job)
         facts: dict[str, Any] = {"round": number, "split": split, "metrics": _rows(metrics), "dropped": dropped}
+        facts["images"] = whole["n"]
         facts["sites"] = {name: _rows(self.task.summarise(part, self.job)) for name, part in sums.items()}
+        facts["site_images"] = {name: part["n"] for name, part in sums.items()}
         if split == "test":
             facts["sums"] = sums
         if self.heldout is not None:
-            put(self.model, arrays, self.job)
-            own = self.task.collect(self.model.to(self.device), self.heldout, self.job, self.device)
+            own = self.task.collect(self._model_of(arrays), self.heldout, self.job, self.device)
             facts["server"] = _rows(self.task.summarise(own, self.job))
+            facts["server_images"] = own["n"]
+        if hasattr(self.task, "show"):
+            pictures = self.task.show(self._model_of(arrays), self.job)
+            facts["pictures"] = write_pictures(self.folder / "pictures", pictures, f"{split}-{number:06}")
         self.store.add("evaluation", **facts)
         return metrics  # type: ignore[no-any-return]
+
+
+def train_reference(grid: Grid, job: Job, folder: Path) -> Arrays:
+    """Train the network the job's task measures by at the same sites; the run lies in ``folder``/reference.
+
+    Raises:
+        RunFailed: as ``Run.run``.
+    """
+    run = Run(grid, load_task(job.task).reference(job), folder / REFERENCE)
+    run.is_reference = True
+    run.run()
+    return run.best.arrays
+
+
+def write_pictures(folder: Path, pictures: dict[str, np.ndarray], label: str) -> list[str]:
+    """Write pictures uint8 (h, w) or (h, w, 3) as PNG; gives their paths relative to the run folder."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / f"{name}-{label}.png")
+        names.append(f"{folder.name}/{name}-{label}.png")
+    return names
 
 
 def _site_name(reply: Message | None) -> str:

@@ -34,10 +34,14 @@ class SiteData:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is to be learnt from it; ``path`` is relative to the site's folder.
+    """One case and what is to be learnt from it; all paths are relative to the site's folder.
 
-    ``target`` holds the indices of the image's classes: one index, or any number if multi-label.
-    ``box`` is (x, y, width, height) in pixels of the decoded image; ``key`` names an array in an npz.
+    ``path`` is its image: a file, or the folder of a DICOM series or of frames. ``target`` holds the indices of the
+    classes of the whole image: one index, any number if multi-label, none where the task has none. ``frame`` and
+    ``key`` pick a frame of a file and an array of an npz; ``box`` = (x, y, width, height) in pixels of the decoded
+    image cuts a part out. ``mask`` is the file or folder of its mask, ``boxes`` are its objects as (class, x, y, width,
+    height), ``paths`` its further images in the order of the job's modalities with "" where one is missing, and
+    ``values`` its numbers, NaN where missing.
     """
 
     path: str
@@ -47,11 +51,20 @@ class Sample:
     frame: int | str = "middle"
     box: tuple[float, float, float, float] | None = None
     key: str = ""
+    mask: str = ""
+    boxes: tuple[tuple[int, float, float, float, float], ...] = ()
+    paths: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
 
     @property
     def id(self) -> str:
         """Unique within the site."""
         return f"{self.path}#{self.key}#{self.frame}#{self.box or ''}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file or folder the case is read from."""
+        return tuple(name for name in (self.path, self.mask, *self.paths) if name)
 
 
 def unit_hash(text: str) -> float:

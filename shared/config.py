@@ -1,7 +1,8 @@
 """The job: everything that decides the result of a run, read from one flat TOML file and validated here.
 
-A job is five small tables of scalars (Flower's run config takes only str, int, float and bool). The defaults stand
-here and, for ``flwr run``, once more in ``[tool.flwr.app.config]`` of pyproject.toml; a test holds the two together.
+A job is a few small tables of scalars (Flower's run config takes only str, int, float and bool). The defaults stand in
+``shared.settings`` and, for ``flwr run``, once more in ``[tool.flwr.app.config]`` of pyproject.toml; a test holds the
+two together.
 """
 
 from __future__ import annotations
@@ -18,115 +19,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
-from shared.tasks import METRICS
+from shared.settings import Augment, Data, Evaluation, Federation, Model, Scalar, Train, knob
+from shared.tasks import TASKS
 
-Scalar = str | int | float | bool
-
-
-def knob(
-    default: Scalar,
-    help: str,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A setting of the job: its default, what it means, and which values are allowed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
-
-
-@dataclass(frozen=True)
-class Data:
-    format: str = knob(
-        "auto",
-        "how a folder of images without a site.toml is read",
-        choices=("auto", "csv", "folder", "npz", "coco-crops"),
-    )
-    classes: str = knob("normal,abnormal", "class names, comma-separated, in the order of the model's outputs")
-    multilabel: bool = knob(False, "several labels per image, written a|b in the CSV")
-    channels: int = knob(1, "1 (grey) or 3 (colour)", low=1, high=3)
-    size: int = knob(64, "images are fitted into size x size pixels, aspect kept", low=8, high=4096)
-    frame: str = knob("middle", "which frame of a multi-frame file is used", choices=("first", "middle"))
-    normalise: str = knob(
-        "fixed",
-        "fixed: one shift and scale for all; image: each to mean 0, sd 1; imagenet: as published weights want",
-        choices=("fixed", "image", "imagenet"),
-    )
-    max_per_class: int = knob(
-        0, "at most so many images per class and site for training, and for validation; 0 is no limit", low=0
-    )
-    val_fraction: float = knob(0.1, "share of patients for validation, where no split is given", low=0.0, high=0.9)
-    test_fraction: float = knob(0.2, "share of patients for testing, where no split is given", low=0.0, high=0.9)
-    partition: str = knob(
-        "site",
-        "simulation: keep the real sites, or deal all training images out to invented ones",
-        choices=("site", "iid", "dirichlet", "size"),
-    )
-    partition_sites: int = knob(4, "number of invented sites", low=1, high=100_000)
-    partition_alpha: float = knob(0.5, "Dirichlet concentration; smaller is more unequal", low=0.001, high=1e6)
-    partition_seed: int = knob(0, "which draw of the partition", low=0)
-
-
-@dataclass(frozen=True)
-class Augment:
-    flip: str = knob("none", "random mirroring", choices=("none", "horizontal", "vertical", "both"))
-    rotate: float = knob(0.0, "random rotation up to so many degrees", low=0.0, high=180.0)
-    shift: float = knob(0.0, "random shift up to this share of the image", low=0.0, high=0.5)
-    zoom: float = knob(0.0, "random scaling by up to this share", low=0.0, high=0.9)
-    intensity: float = knob(0.0, "random brightness and contrast by up to this share", low=0.0, high=0.9)
-    colour: float = knob(
-        0.0, "random saturation by up to this share and hue by a fifth of it (colour images)", low=0.0, high=0.9
-    )
-
-
-@dataclass(frozen=True)
-class Model:
-    name: str = knob("cnn", "cnn, resnet18, resnet50, densenet121 or vgg16")
-    weights: str = knob("", "start from a local file (.safetensors, .pt) or a torchvision weight name such as DEFAULT")
-    freeze: str = knob("none", "backbone: train and exchange only the head", choices=("none", "backbone"))
-    width: int = knob(24, "channels of the first stage of cnn", low=4, high=512)
-
-
-@dataclass(frozen=True)
-class Train:
-    local_steps: int = knob(1, "gradient steps at each site in each round", low=1, high=1_000_000)
-    batch_size: int = knob(32, "images per gradient step", low=1, high=65_536)
-    optimizer: str = knob("adamw", "local optimiser", choices=("adamw", "sgd"))
-    learning_rate: float = knob(0.004, "peak learning rate", low=0.0, high=100.0)
-    weight_decay: float = knob(0.001, "decoupled (adamw) or L2 (sgd) weight decay", low=0.0, high=10.0)
-    momentum: float = knob(0.9, "Nesterov momentum of sgd", low=0.0, high=0.999)
-    schedule: str = knob("cosine", "learning rate over the whole run", choices=("cosine", "constant"))
-    warmup: float = knob(0.03, "share of the run in which the learning rate rises to its peak", low=0.0, high=0.9)
-    keep_optimizer: bool = knob(True, "the site keeps its optimiser's moments from round to round")
-    class_weights: str = knob(
-        "balanced", "weigh the loss by inverse class frequency over all sites", choices=("none", "balanced")
-    )
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = knob("float32", "bfloat16: autocast on devices that gain by it", choices=("float32", "bfloat16"))
-
-
-@dataclass(frozen=True)
-class Federation:
-    rounds: int = knob(300, "number of rounds", low=1, high=1_000_000)
-    min_sites: int = knob(1, "quorum: fewer admitted replies than this end the run", low=1, high=100_000)
-    fraction: float = knob(1.0, "share of the sites that train in a round", low=0.0001, high=1.0)
-    aggregator: str = knob("mean", "how replies become one model", choices=("mean",))
-    weighting: str = knob(
-        "examples", "a site counts by its training images, or each the same", choices=("examples", "equal")
-    )
-    max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
-    max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
-    round_timeout: float = knob(
-        3600.0, "seconds after which a round goes on without the sites still missing", low=1.0, high=1e7
-    )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    every: int = knob(
-        10, "validate the global model at the sites every so many rounds, and after the last", low=1, high=1_000_000
-    )
-    best_metric: str = knob("auroc", "the validation metric that picks the best round")
-    batch_size: int = knob(128, "images per forward pass", low=1, high=65_536)
+__all__ = [
+    "Job",
+    "Scalar",
+    "job_from_flat",
+    "knobs",
+    "load_job",
+    "nearest",
+    "parse_override",
+    "read_toml",
+    "toml_scalar",
+]
 
 
 @dataclass(frozen=True)
@@ -134,7 +40,7 @@ class Job:
     """One training job. ``Job()`` is the default job; see ``load_job`` for files."""
 
     name: str = knob("job", "shown in reports")
-    task: str = knob("classification", "what is learnt", choices=("classification",))
+    task: str = knob("classification", "what is learnt", choices=tuple(TASKS))
     seed: int = knob(0, "seed of initial weights, sampling and augmentation", low=0, high=2**31 - 1)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -146,7 +52,27 @@ class Job:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the model's outputs."""
-        return tuple(part.strip() for part in self.data.classes.split(",") if part.strip())
+        return _words(self.data.classes)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the images of a case; none where a case is one image."""
+        return _words(self.data.modalities)
+
+    @property
+    def tabular(self) -> tuple[str, ...]:
+        """Names of the numbers beside the images of a case."""
+        return _words(self.data.tabular)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes of the whole image that are learnt beside its mask."""
+        return _words(self.data.labels)
+
+    @property
+    def best_metric(self) -> str:
+        """The validation metric that picks the best round."""
+        return self.evaluation.best_metric or next(iter(TASKS[self.task].metrics))
 
     def flat(self) -> dict[str, Scalar]:
         """All settings as ``{"table.key": value}``, in the order of this file."""
@@ -179,6 +105,10 @@ class Job:
     def replace(self, **changes: Scalar) -> Job:
         """A validated copy; keys are written with two underscores: ``train__local_steps=3``."""
         return job_from_flat(self.flat() | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def toml_scalar(value: Scalar) -> str:
@@ -258,24 +188,27 @@ def job_from_flat(flat: Mapping[str, Any]) -> Job:
 
 def _check_together(job: Job) -> None:
     """Rules that concern more than one setting."""
-    if len(job.classes) < (1 if job.data.multilabel else 2):
-        raise UserError(f"data.classes = {job.data.classes!r}: name at least two classes, comma-separated")
-    if len(set(job.classes)) < len(job.classes):
-        raise UserError(f"data.classes = {job.data.classes!r}: a class is named twice")
-    metrics = METRICS[job.task]
-    if job.evaluation.best_metric not in metrics:
-        given = job.evaluation.best_metric
+    facts = TASKS[job.task]
+    least = 1 if job.data.multilabel else facts.classes
+    if len(job.classes) < least:
+        raise UserError(f"data.classes = {job.data.classes!r}: name at least {least}, comma-separated")
+    for key, names in {
+        "classes": job.classes,
+        "labels": job.labels,
+        "modalities": job.modalities,
+        "tabular": job.tabular,
+    }.items():
+        if len(set(names)) < len(names):
+            raise UserError(f"data.{key} = {getattr(job.data, key)!r}: a name stands there twice")
+    if job.best_metric not in facts.metrics:
         raise UserError(
-            f"evaluation.best_metric = {given!r}: must be one of {', '.join(metrics)}{nearest(given, metrics)}"
+            f"evaluation.best_metric = {job.best_metric!r}: {job.task} has {', '.join(facts.metrics)}"
+            f"{nearest(job.best_metric, facts.metrics)}"
         )
-    if job.data.channels == 2:
-        raise UserError("data.channels = 2: must be 1 (grey) or 3 (colour)")
+    if job.data.format not in (*facts.formats, "cases"):
+        raise UserError(f"data.format = {job.data.format!r}: {job.task} reads {', '.join(facts.formats)}")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
-    if job.data.multilabel and job.data.partition == "dirichlet":
-        raise UserError(
-            "data.partition = 'dirichlet': needs one label per image; use 'iid' or 'size' with data.multilabel"
-        )
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

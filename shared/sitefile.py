@@ -3,7 +3,7 @@
 name = "hospital-north"
 [data]
 dir = "."                # folder of the images, relative to this file
-format = "csv"           # auto, csv, folder, npz, coco-crops
+format = "csv"           # auto, csv, folder, npz, coco-crops, coco, voc, masks: what the job's task reads
 csv = "labels.csv"       # path,label and optional patient, split, frame, box, key
 [label_map]
 "Verschattung" = "opacity"
@@ -24,10 +24,10 @@ from typing import Any
 from shared.cases import SiteData
 from shared.config import nearest, read_toml
 from shared.errors import UserError
+from shared.settings import FORMATS
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 OWN_FOLDER = ".consilium"  # what this program keeps beside a site's images; never taken for a class folder
-FORMATS = ("auto", "csv", "folder", "npz", "coco-crops")
 _KEYS: dict[str, dict[str, type]] = {
     "": {"name": str},
     "data": {"dir": str, "format": str, "csv": str},

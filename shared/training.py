@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.errors import SiteRefusal, UserError
-from shared.imaging.augment import augmentation, normalise
 from shared.imaging.dataset import Dataset
+from shared.tasks import Part
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,21 @@ def _order(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(derived_seed(seed, "order", epoch)))
 
 
-def make_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
-    """The job's local optimiser over what is trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(model: nn.Module, job: Job, parts: Sequence[Part] = (Part(),)) -> torch.optim.Optimizer:
+    """The job's local optimiser over what is trained, a group for each part of the model."""
     rate, decay = job.train.learning_rate, job.train.weight_decay
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(part.prefix)],
+            "lr": rate * part.rate,
+        }
+        for part in parts
+    ]
     if job.train.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, rate, job.train.momentum, weight_decay=decay, nesterov=job.train.momentum > 0
-        )
-    return torch.optim.AdamW(parameters, rate, weight_decay=decay)
+        return torch.optim.SGD(groups, rate, job.train.momentum, weight_decay=decay, nesterov=job.train.momentum > 0)
+    for group, part in zip(groups, parts, strict=True):
+        group["betas"] = part.betas
+    return torch.optim.AdamW(groups, rate, weight_decay=decay)
 
 
 def take_moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -110,6 +117,12 @@ def put_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor])
         copy = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
         state.setdefault(int(number), {})[key] = copy.detach().copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def memory_format(model: nn.Module) -> torch.memory_format:
+    """Channels last: a fifth faster on CPUs, more on GPUs."""
+    volumes = any(parameter.ndim == 5 for parameter in model.parameters())
+    return torch.channels_last_3d if volumes else torch.channels_last
 
 
 def _set_mode(model: nn.Module, job: Job) -> None:
@@ -151,11 +164,11 @@ def train(
         raise SiteRefusal("no-training-images", "no image of this site is in the training split")
     device = pick_device(job)
     model.to(device)
-    model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, more on GPUs
-    optimizer = make_optimizer(model, job)
+    model.to(memory_format=memory_format(model))
+    parts = task.parts(job)
+    optimizer = make_optimizer(model, job, parts)
     if moments is not None:
         put_moments(optimizer, moments)
-    change = augmentation(job)
     total = job.federation.rounds * job.train.local_steps
     seed = derived_seed(job.seed, site)
     torch.manual_seed(derived_seed(seed, first_step))
@@ -168,17 +181,18 @@ def train(
     loss_sum = torch.zeros((), device=device)
     seen = 0
     for number in range(first_step, first_step + steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(number, total, job)
-        images, targets = data.batch(batch_indices(len(data), job.train.batch_size, number, seed))
-        images = normalise(change(images).to(device, memory_format=torch.channels_last), job)
-        optimizer.zero_grad(set_to_none=True)
-        with autocast:
-            loss = task.step(model, (images, targets), job, class_weights)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.detach() * len(images)  # stays on the device: no wait per step
-        seen += len(images)
+        indices = batch_indices(len(data), job.train.batch_size, number, seed)
+        batch = task.batch(data, indices, job, device, train=True)
+        for part, group in zip(parts, optimizer.param_groups, strict=True):
+            group["lr"] = learning_rate(number, total, job) * part.rate
+            # The other parts' gradients are None, and the optimiser passes over parameters without one.
+            optimizer.zero_grad(set_to_none=True)
+            with autocast:
+                loss = task.step(model, batch, job, class_weights, part.prefix)
+            loss.backward(inputs=group["params"])
+            optimizer.step()
+            loss_sum += loss.detach() * len(indices)  # stays on the device: no wait per step
+        seen += len(indices)
     optimizer.zero_grad(set_to_none=True)
     total_loss = loss_sum.item()
     if not math.isfinite(total_loss):

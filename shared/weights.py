@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from shared.config import Job
 from shared.tasks import load_task
 
+REFERENCE = "reference"  # the submodule that holds the network a model is measured by, see shared.tasks
+
 
 def exchanged_names(model: nn.Module, job: Job) -> list[str]:
-    """Names of the parameters and buffers that travel, in the model's order: all, or the head of a frozen backbone."""
-    names = list(model.state_dict())
+    """Names of the parameters and buffers that travel, in the model's order: all, or the head of a frozen backbone.
+
+    A reference network (``REFERENCE``) is no part of what is trained: it travels on its own, with each evaluation.
+    """
+    names = [name for name in model.state_dict() if not name.startswith(f"{REFERENCE}.")]
     if job.model.freeze == "backbone":
         prefix = load_task(job.task).head_prefix(job)
         names = [name for name in names if name.startswith(prefix)]
@@ -59,5 +64,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def frozen_digest(model: nn.Module, job: Job) -> str:
     """Digest of what does not travel, which must be the same at every site; '' if everything travels."""
     travels = set(exchanged_names(model, job))
-    stays = {name: tensor for name, tensor in model.state_dict().items() if name not in travels}
+    stays = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in travels and not name.startswith(f"{REFERENCE}.")
+    }
     return digest(stays) if stays else ""

@@ -28,6 +28,8 @@ def partition(samples: Sequence[Sample], job: Job) -> list[list[int]]:
     """
     count = job.data.partition_sites
     classes = sorted({_first_class(sample) for sample in samples})
+    if classes == [-1] and job.data.partition == "dirichlet":
+        raise UserError(f"data.partition = 'dirichlet': needs classes of whole images; {job.task} has none, use 'size'")
     shares = _SHARES[job.data.partition](classes, job, np.random.default_rng([job.data.partition_seed, 0]))
     owner: dict[str, int] = {}
     for number, split in enumerate(SPLITS, start=1):

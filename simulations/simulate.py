@@ -17,13 +17,14 @@ from flwr.app import Context, RecordDict
 from server.app import app as server_app
 from server.heldout import load_heldout
 from server.results import run_scores
-from server.rounds import Run, RunFailed
+from server.rounds import Run, RunFailed, train_reference
 from server.store import Event, listening, write_json
 from shared import __version__
 from shared.config import Job, Scalar, load_job
 from shared.errors import UserError
 from shared.sitefile import read_site
 from shared.tasks import load_task
+from shared.weights import REFERENCE
 from simulations.engine import RUN_ID, LocalGrid
 from simulations.pool import WorkerPool
 from simulations.result import Result
@@ -70,10 +71,15 @@ def run(
     extra: dict[str, Scalar] = {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with WorkerPool("client.app:app", workers) as pool:
         nodes = [_node(folder / "sites", file) for file in files]
+        jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines")
+        if baselines and hasattr(jury.task, "reference"):
+            # Trained once, here, so that the federated model and the baselines are measured by one network.
+            with _heard(REFERENCE, observe):
+                jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder)
+            extra["run.reference"] = str((folder / REFERENCE / "model.safetensors").resolve())
         runs: dict[str, Callable[[], object]] = {FEDERATED: _federated(_grid(pool, nodes, job, folder, 0, extra))}
         others = {}
         if baselines:
-            jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines")
             with contextlib.suppress(RunFailed):  # too few sites: the federated run will say so
                 jury.survey(fresh=False)
                 others = _baselines(pool, files, jury)
@@ -165,7 +171,8 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, 
     for model, chosen in models.items():
         label = model.replace("only ", "local-")
         node = _node(homes / label, chosen[0], label, chosen[1:])
-        runs[model] = Run(_grid(pool, [node], alone, homes / label, 1), alone, homes / label, jury=jury)
+        grid = _grid(pool, [node], alone, homes / label, 1)
+        runs[model] = Run(grid, alone, homes / label, jury=jury, reference=jury.reference)
     return runs
 
 

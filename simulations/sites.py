@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 import os
 import re
 import unicodedata
@@ -14,17 +13,21 @@ from server.store import write_text
 from shared.cases import Sample, SiteData, split_word
 from shared.config import Job, toml_scalar
 from shared.errors import SiteRefusal, UserError
+from shared.samples import CASES, read_samples, write_cases
 from shared.sitefile import read_site
-from shared.tasks import load_task
 from simulations.partition import partition
+
+# A folder that holds one of these is one site.
+_SINGLE = ("labels.csv", "annotations.json", "images", "labels", "masks", "Annotations", "JPEGImages")
 
 
 def find_sites(data: Path, job: Job, out: Path) -> list[Path]:
     """The site.toml of every site of a simulation over the folder ``data``.
 
     Folders that already have a site.toml are taken as they are. Otherwise ``data`` itself is one site if it holds a
-    labels.csv, an annotations.json, an npz or the class folders; else each of its folders is a site. With
-    ``data.partition`` other than ``site`` all images are dealt out to invented sites. New files go to ``out``/sites.
+    labels.csv, an annotations.json, an npz, a folder of images or masks, or the class folders; else each of its folders
+    is a site. With ``data.partition`` other than ``site`` all images are dealt out to invented sites. New files go to
+    ``out``/sites.
 
     Raises:
         UserError: no site there, a site that cannot be read, two sites of one name.
@@ -48,10 +51,9 @@ def find_sites(data: Path, job: Job, out: Path) -> list[Path]:
 
 def _samples(site: SiteData, job: Job) -> list[Sample]:
     try:
-        found: list[Sample] = load_task(job.task).read_samples(site, job)
+        return read_samples(site, job)
     except SiteRefusal as refusal:
         raise UserError(f"site {site.name}: {refusal}") from None
-    return found
 
 
 def _own_files(data: Path) -> list[Path]:
@@ -60,7 +62,7 @@ def _own_files(data: Path) -> list[Path]:
 
 
 def _site_folders(data: Path, job: Job) -> list[Path]:
-    single = any((data / name).exists() for name in ("labels.csv", "annotations.json")) or any(data.glob("*.npz"))
+    single = any((data / name).exists() for name in _SINGLE) or any(data.glob("*.npz"))
     folders = sorted(path for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
     if single or any(split_word(folder.name) or folder.name in job.classes for folder in folders):
         return [data]
@@ -83,33 +85,33 @@ def _describe(folder: Path, number: int, job: Job, out: Path) -> Path:
 def _deal_out(
     data: Path, sites: Sequence[SiteData], samples: Sequence[list[Sample]], job: Job, out: Path
 ) -> list[Path]:
-    """Write invented sites as a site.toml and a CSV each; the CSV is the record of the draw."""
+    """Write invented sites as a site.toml and a table each; the table is the record of the draw."""
     root = data.resolve()
-    pool = [
-        (os.path.relpath((site.root / sample.path).resolve(), root), f"{site.name}:{sample.patient}", sample)
-        for site, own in zip(sites, samples, strict=True)
-        for sample in own
-    ]
-    named = [
-        Sample(sample.path, sample.target, patient, sample.split, sample.frame, sample.box, sample.key)
-        for _, patient, sample in pool
-    ]
+    pool = [_moved(sample, site, root) for site, own in zip(sites, samples, strict=True) for sample in own]
+    words = {word: name for site in sites for word, name in site.label_map.items()}  # masks name classes themselves
+    label_map = "".join(f"{toml_scalar(word)} = {toml_scalar(name)}\n" for word, name in words.items())
     files = []
-    for number, members in enumerate(partition(named, job), start=1):
+    for number, members in enumerate(partition(pool, job), start=1):
         name = f"site-{number}"
-        table = io.StringIO()
-        rows = csv.writer(table, lineterminator="\n")
-        rows.writerow(["path", "label", "patient", "split", "frame", "box", "key"])
-        for index in members:
-            path, patient, sample = pool[index]
-            label = "|".join(job.classes[k] for k in sample.target)
-            box = " ".join(repr(value) for value in sample.box) if sample.box else ""
-            rows.writerow([path, label, patient, sample.split, sample.frame, box, sample.key])
         folder = out / "sites" / name
-        write_text(folder / "labels.csv", table.getvalue())
-        places = toml_scalar(str(root)), toml_scalar(str((folder / "labels.csv").resolve()))
-        write_text(
-            folder / "site.toml", f'name = "{name}"\n\n[data]\ndir = {places[0]}\nformat = "csv"\ncsv = {places[1]}\n'
-        )
+        write_text(folder / "cases.csv", write_cases(pool[index] for index in members))
+        places = toml_scalar(str(root)), toml_scalar(str((folder / "cases.csv").resolve()))
+        text = f'name = "{name}"\n\n[data]\ndir = {places[0]}\nformat = "{CASES}"\ncsv = {places[1]}\n'
+        write_text(folder / "site.toml", text + (f"\n[label_map]\n{label_map}" if label_map else ""))
         files.append(folder / "site.toml")
     return files
+
+
+def _moved(sample: Sample, site: SiteData, root: Path) -> Sample:
+    """The sample as seen from ``root``; patients of different sites are different patients."""
+
+    def seen(name: str) -> str:
+        return os.path.relpath((site.root / name).resolve(), root) if name else ""
+
+    return dataclasses.replace(
+        sample,
+        path=seen(sample.path),
+        mask=seen(sample.mask),
+        paths=tuple(map(seen, sample.paths)),
+        patient=f"{site.name}:{sample.patient}",
+    )

@@ -1,21 +1,26 @@
-"""Decode a site's images once, keep them as one memory-mapped array, hand out batches.
+"""Decode a site's cases once, keep what they decode to in memory-mapped files, hand out arrays.
 
-The cache lies in the site's own folder. Its key covers each file's path, size and time of change and the
-preprocessing, so a changed file or job decodes afresh; a half-written cache is never seen, since the folder is renamed
-into place when complete.
+A task's ``decode`` turns one case into named arrays: an image, perhaps its mask or its size. The arrays of one name
+form a ``Column``: one flat file, so that cases may differ in size.
+
+The cache lies in the site's own folder. Its key covers each file's path, size and time of change and the settings the
+task decodes by, so a changed file or job decodes afresh; a half-written cache is never seen, since the folder is
+renamed into place when complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,14 +29,65 @@ from torch import Tensor
 from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.errors import SiteRefusal
-from shared.imaging.read import UnreadableImage, crop, fit, read_image
+from shared.imaging.errors import UnreadableImage
+from shared.sitefile import OWN_FOLDER
+from shared.tasks import load_task
 
-CACHE_VERSION = 1  # raise it when decoding changes, so that old caches are not used
+CACHE_VERSION = 2  # raise it when decoding changes, so that old caches are not used
+
+
+def to_uint16(picture: np.ndarray) -> np.ndarray:
+    """Grey values 0..1 as 0..65535: half the memory of a float, finer than any detector."""
+    scaled: np.ndarray = np.rint(np.asarray(picture) * 65535).astype(np.uint16)
+    return scaled
+
+
+def to_float(raw: np.ndarray) -> Tensor:
+    """The inverse of ``to_uint16``, as a float32 tensor."""
+    return torch.from_numpy(np.asarray(raw).astype(np.float32)).mul_(1 / 65535)
+
+
+class Column:
+    """One array per case, all of one dtype, lying one after the other in a flat array; shapes may differ."""
+
+    def __init__(self, flat: np.ndarray, shapes: Sequence[tuple[int, ...]], starts: np.ndarray | None = None) -> None:
+        self.flat, self.shapes = flat, shapes
+        lengths = np.array([math.prod(shape) for shape in shapes], dtype=np.int64)
+        self.starts = np.cumsum(lengths) - lengths if starts is None else starts
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray] | np.ndarray) -> Column:
+        """A column in memory; one array with a leading axis counts as one array per case."""
+        parts = [np.ascontiguousarray(array) for array in arrays]
+        flat = np.concatenate([part.reshape(-1) for part in parts]) if parts else np.zeros(0)
+        return cls(flat, [part.shape for part in parts])
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The array of one case; a view."""
+        shape, start = self.shapes[index], int(self.starts[index])
+        return self.flat[start : start + math.prod(shape)].reshape(shape)
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """The arrays of some cases as one with a leading axis; a copy.
+
+        Raises:
+            ValueError: their shapes differ.
+        """
+        if not len(indices):
+            return np.zeros((0, *self.shapes[0]) if len(self) else 0, self.flat.dtype)
+        return np.stack([self[index] for index in indices])
+
+    def rows(self, indices: Sequence[int]) -> Column:
+        """Some cases as a column of their own; nothing is copied."""
+        return Column(self.flat, [self.shapes[i] for i in indices], self.starts[np.asarray(indices, dtype=np.int64)])
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that could not be read: for the site's log, never to leave the site."""
+    """A case that could not be read: for the site's log, never to leave the site."""
 
     path: str
     code: str
@@ -39,26 +95,32 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Decoded images with their samples.
+    """Decoded cases: ``samples[i]`` belongs to row i of every column. ``origin`` is what this is a subset of."""
 
-    ``images`` is uint16 (n, channels, size, size), 0..65535 standing for 0..1; ``samples[i]`` belongs to ``images[i]``.
-    """
-
-    images: np.ndarray
+    columns: Mapping[str, Column]
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...] = ()
+    origin: Dataset | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], **columns: Sequence[np.ndarray] | np.ndarray) -> Dataset:
+        """A data set in memory."""
+        return cls({name: Column.of(arrays) for name, arrays in columns.items()}, tuple(samples))
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def whole(self) -> Dataset:
+        """All splits of the data this is a split of."""
+        return self.origin or self
+
     def subset(self, split: str) -> Dataset:
-        """The images of one split; nothing is copied until a batch is asked for."""
+        """The cases of one split; nothing is copied until a batch is asked for."""
         if split not in self._subsets:
             keep = [i for i, sample in enumerate(self.samples) if sample.split == split]
-            rows = [self.images.rows[i] for i in keep] if isinstance(self.images, RowView) else keep
-            base = self.images.base if isinstance(self.images, RowView) else self.images
-            images = RowView(base, rows)
-            self._subsets[split] = Dataset(images, tuple(self.samples[i] for i in keep), self.skipped)  # type: ignore[arg-type]
+            columns = {name: column.rows(keep) for name, column in self.columns.items()}
+            self._subsets[split] = Dataset(columns, tuple(self.samples[i] for i in keep), self.skipped, self.whole)
         return self._subsets[split]
 
     @cached_property
@@ -66,38 +128,18 @@ class Dataset:
         """Splits asked for before: every message of a run asks again."""
         return {}
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, list[tuple[int, ...]]]:
-        """Images as float32 (b, channels, size, size) in [0, 1], and their targets."""
-        raw = np.asarray(self.images[indices])
-        images = torch.from_numpy(raw.astype(np.float32)).mul_(1 / 65535)
-        return images, [self.samples[i].target for i in indices]
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, list[tuple[int, ...]]]]:
-        """All images in order."""
-        for start in range(0, len(self), size):
-            yield self.batch(range(start, min(start + size, len(self))))
-
-
-class RowView:
-    """Some rows of an array, picked when asked for: a split of a memory-mapped file without a copy."""
-
-    def __init__(self, base: np.ndarray, rows: Sequence[int]) -> None:
-        self.base, self.rows = base, np.asarray(rows, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: Sequence[int]) -> np.ndarray:
-        return self.base[self.rows[np.asarray(indices, dtype=np.int64)]]
-
 
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
-    """Several sites' images as one set (the pooled baseline); images are copied into memory."""
+    """Several sites' cases as one set (the pooled baseline); arrays are copied into memory."""
     if len(parts) == 1:
         return parts[0]
-    images = np.concatenate([np.asarray(part.images[range(len(part))]) for part in parts])
+    full = [part for part in parts if len(part)]
+    columns = {
+        name: Column.of([part.columns[name][i] for part in full for i in range(len(part))])
+        for name in (full[0].columns if full else {})
+    }
     samples = tuple(sample for part in parts for sample in part.samples)
-    return Dataset(images, samples, tuple(skip for part in parts for skip in part.skipped))
+    return Dataset(columns, samples, tuple(skip for part in parts for skip in part.skipped))
 
 
 def load_dataset(
@@ -106,14 +148,14 @@ def load_dataset(
     job: Job,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Decode ``samples`` into a memory-mapped array in the site's cache, or open the array already there.
+    """Decode ``samples`` into memory-mapped arrays in the site's cache, or open those already there.
 
-    Unreadable images are left out and listed in ``.skipped``.
+    Cases that cannot be read are left out and listed in ``.skipped``.
 
     Raises:
         SiteRefusal: more than the site's ``max_unreadable`` share could not be read.
     """
-    folder = site.cache or site.root / ".consilium" / "cache"
+    folder = site.cache or site.root / OWN_FOLDER / "cache"
     entry = folder / _key(samples, site, job)
     if not (entry / "index.json").is_file():
         _decode(samples, site, job, entry, progress)
@@ -126,83 +168,97 @@ def load_dataset(
             f"{len(skipped)} of {len(samples)} images cannot be read, the limit is {site.max_unreadable:.0%}: {names}"
             "; mend or remove them, or raise [limits] max_unreadable in site.toml",
         )
-    kept = index["kept"]
-    if not kept:
-        return Dataset(np.zeros((0, job.data.channels, job.data.size, job.data.size), np.uint16), (), skipped)
-    images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)[: len(kept)]
-    return Dataset(images, tuple(samples[i] for i in kept), skipped)
+    columns = {name: _open(entry / f"{name}.raw", **facts) for name, facts in index["columns"].items()}
+    return Dataset(columns, tuple(samples[i] for i in index["kept"]), skipped)
+
+
+def _open(path: Path, dtype: str, shapes: list[list[int]]) -> Column:
+    empty = not path.stat().st_size  # a file without bytes cannot be mapped
+    flat = np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+    return Column(flat, [tuple(shape) for shape in shapes])
 
 
 def _key(samples: Sequence[Sample], site: SiteData, job: Job) -> str:
-    head = f"{CACHE_VERSION} {job.data.channels} {job.data.size} {site.root.resolve()}"
+    task = load_task(job.task)
+    head = f"{CACHE_VERSION} {job.task} {task.decoded_by(job)} {sorted(site.label_map.items())} {site.root.resolve()}"
     digest = hashlib.sha256(head.encode("utf-8", "surrogateescape"))
     stamps: dict[str, str] = {}
     for sample in samples:
-        if sample.path not in stamps:
-            try:
-                status = (site.root / sample.path).stat()
-                stamps[sample.path] = f"{status.st_size} {status.st_mtime_ns}"
-            except OSError:
-                stamps[sample.path] = "absent"
-        digest.update(f"{sample.id} {stamps[sample.path]}\n".encode("utf-8", "surrogateescape"))
+        for name in sample.files:
+            if name not in stamps:
+                stamps[name] = _stamp(site.root / name)
+        what = f"{sample.id} {sample.mask} {sample.paths} {sample.boxes} {sample.values}"
+        text = f"{what} {' '.join(stamps[name] for name in sample.files)}\n"
+        digest.update(text.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
+
+
+def _stamp(path: Path) -> str:
+    """Changes when the file, or one in the folder, changes."""
+    try:
+        if path.is_dir():
+            return str(sorted((item.name, _stamp(item)) for item in path.iterdir()))
+        status = path.stat()
+    except OSError:
+        return "absent"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+class _Writer:
+    """The files of one cache entry while it is written: a flat file per column."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, IO[bytes]] = {}
+        self.columns: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        for name, array in arrays.items():
+            if name not in self.files:
+                self.files[name] = (self.folder / f"{name}.raw").open("wb")
+                self.columns[name] = (array.dtype.str, [])
+            dtype, shapes = self.columns[name]
+            self.files[name].write(np.ascontiguousarray(array, dtype).tobytes())
+            shapes.append(array.shape)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def facts(self) -> dict[str, object]:
+        return {name: {"dtype": dtype, "shapes": shapes} for name, (dtype, shapes) in self.columns.items()}
 
 
 def _decode(
     samples: Sequence[Sample], site: SiteData, job: Job, entry: Path, progress: Callable[[int, int], None] | None
 ) -> None:
     """Decode into a temporary folder beside ``entry`` and rename it; a second process that was faster wins."""
-    size, channels = job.data.size, job.data.channels
+    task = load_task(job.task)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".writing-", dir=entry.parent))
     except OSError as error:
         raise SiteRefusal("no-cache", f"{entry.parent}: cannot write the image cache: {error.strerror}") from None
+    writer = _Writer(work)
     try:
-        images = np.lib.format.open_memmap(
-            work / "images.npy", mode="w+", dtype=np.uint16, shape=(max(len(samples), 1), channels, size, size)
-        )
         kept: list[int] = []
         skipped: list[dict[str, str]] = []
-        for number, (sample, outcome) in enumerate(_read_all(samples, site)):
-            if isinstance(outcome, UnreadableImage):
-                skipped.append({"path": sample.path, "code": outcome.code})
-            else:
-                images[len(kept)] = np.rint(fit(outcome, size, size, channels) * 65535).astype(np.uint16)
+        for number, sample in enumerate(samples):
+            try:
+                writer.add(task.decode(sample, site, job))
                 kept.append(number)
+            except UnreadableImage as error:
+                skipped.append({"path": sample.path, "code": error.code})
             if progress:
                 progress(number + 1, len(samples))
-        images.flush()
-        del images
-        (work / "index.json").write_text(json.dumps({"kept": kept, "skipped": skipped}), encoding="utf-8")
+        writer.close()
+        index = {"kept": kept, "skipped": skipped, "columns": writer.facts()}
+        (work / "index.json").write_text(json.dumps(index), encoding="utf-8")
         try:
             os.rename(work, entry)
         except OSError:
             if not (entry / "index.json").is_file():
                 raise
     finally:
+        writer.close()
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _read_all(samples: Sequence[Sample], site: SiteData) -> Iterator[tuple[Sample, np.ndarray | UnreadableImage]]:
-    """Each sample with its pixels or the reason why there are none; the boxes of one file share one decoding."""
-    last: tuple[object, np.ndarray | UnreadableImage] = (None, UnreadableImage("not-found", ""))
-    for sample in samples:
-        address = (sample.path, sample.frame, sample.key)
-        if address != last[0]:
-            last = (address, _read(site, sample))
-        outcome = last[1]
-        if sample.box and not isinstance(outcome, UnreadableImage):
-            try:
-                outcome = crop(outcome, sample.box)
-            except UnreadableImage as error:
-                outcome = error
-        yield sample, outcome
-
-
-def _read(site: SiteData, sample: Sample) -> np.ndarray | UnreadableImage:
-    try:
-        more = {"key": sample.key} if sample.key else {}
-        return read_image(site.root / sample.path, frame=sample.frame, **more)  # type: ignore[arg-type]
-    except UnreadableImage as error:
-        return error

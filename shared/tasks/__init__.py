@@ -1,17 +1,28 @@
 """The registry of tasks. Every task is a folder with the same files and gives the same few names.
 
-    check(job), raising UserError                      models.py
-    build_model(job) -> nn.Module                      models.py
-    read_samples(site, job) -> list[Sample]            data.py
-    load(samples, site, job) -> Dataset                data.py
-    count_classes(dataset, job) -> [int]               learning.py
-    class_weights(counts of all sites, job) -> [float] learning.py
-    step(model, batch, job, class_weights) -> loss     learning.py
-    collect(model, dataset, job) -> sums               learning.py
-    consistent(sums, job) -> bool                      metrics.py
-    summarise(sums, job) -> {name: Estimate}           metrics.py
+    check(job), raising UserError                              models.py
+    build_model(job) -> nn.Module                              models.py
+    parts(job) -> (Part, …)                                    models.py
+    head_prefix(job) -> str                                    models.py
+    read_samples(site, job) -> list[Sample]                    data.py
+    decode(sample, site, job) -> {column: array}               data.py
+    decoded_by(job) -> str                                     data.py
+    batch(data, indices, job, device, train) -> Batch          data.py
+    count_classes(data, job) -> [int]                          learning.py
+    class_weights(counts of all sites, job) -> [float]         learning.py
+    step(model, batch, job, class_weights, part) -> loss       learning.py
+    collect(model, data, job, device) -> sums                  learning.py
+    consistent(sums, job) -> bool                              metrics.py
+    summarise(sums, job) -> {name: Estimate}                   metrics.py
+    predict(model, data, job, device) -> one Prediction each   predict.py
+    write(predictions, site, job, out) -> list[Path]           predict.py
 
-``sums`` is a flat dict of ints, floats and lists of them that adds up over sites (see ``add_sums``).
+Two more a task may have, where it needs them: ``reference(job) -> Job``, a job whose model is trained first and is the
+measure of this one (models.py), and ``show(model, job) -> {name: picture}``, what the server can draw from the model
+alone (learning.py).
+
+``sums`` is a flat dict of ints, floats and lists of them, none negative, that adds up over sites (see ``add_sums``);
+its ``n`` is the number of samples.
 """
 
 from __future__ import annotations
@@ -19,13 +30,67 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import NamedTuple
 
 Sums = dict[str, int | float | list[int] | list[float]]
 
-# task -> its metrics; +1 where more is better, -1 where less is better.
-METRICS: dict[str, dict[str, int]] = {
-    "classification": {"auroc": 1, "balanced_accuracy": 1, "accuracy": 1, "loss": -1},
+
+class Facts(NamedTuple):
+    """What is known of a task without importing it.
+
+    ``metrics`` holds +1 where more is better, -1 where less is better; the first picks the best round unless the job
+    says otherwise. ``classes`` is the least number of classes a job must name.
+    """
+
+    about: str
+    metrics: dict[str, int]
+    classes: int
+    formats: tuple[str, ...]
+
+
+_LABELLED = ("auto", "csv", "folder", "npz", "coco-crops")
+_LABELS = {"auroc": 1, "balanced_accuracy": 1, "accuracy": 1, "loss": -1}
+_MASKS = {"dice": 1, "iou": 1, "dice_pooled": 1, "iou_pooled": 1, "hd95": -1, "instance_f1": 1, "aji": 1, "loss": -1}
+
+TASKS: dict[str, Facts] = {
+    "classification": Facts("one or several labels per image, or per case of several images", _LABELS, 2, _LABELLED),
+    "segmentation": Facts(
+        "the class of every pixel or voxel",
+        _MASKS | {f"image_{name}": sign for name, sign in _LABELS.items() if name != "loss"},
+        1,
+        ("auto", "csv", "masks"),
+    ),
+    "detection": Facts(
+        "boxes around objects",
+        {"map50": 1, "map": 1, "map75": 1, "sensitivity_1fp": 1},
+        1,
+        ("auto", "csv", "coco", "voc"),
+    ),
+    "generation": Facts(
+        "invented images that look like the real ones",
+        {"frechet": -1, "synthetic_accuracy": 1, "memorised": -1},
+        1,
+        _LABELLED,
+    ),
+    "sequence": Facts("one label per film, scan series or signal", _LABELS, 2, ("auto", "csv", "folder", "npz")),
+    "reconstruction": Facts(
+        "the image itself; what comes out badly is unlike the training images",
+        {"mse": -1, "psnr": 1, "ssim": 1, "auroc": 1},
+        1,
+        _LABELLED,
+    ),
 }
+
+
+class Part(NamedTuple):
+    """A part of a model that is trained by a loss of its own: the parameters whose names start with ``prefix``.
+
+    ``rate`` multiplies the job's learning rate; ``betas`` are AdamW's.
+    """
+
+    prefix: str = ""
+    rate: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def load_task(name: str) -> ModuleType:

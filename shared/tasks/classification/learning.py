@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.config import Job
-from shared.imaging.augment import normalise
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums
+from shared.tasks.classification.data import Batch, batch
 from shared.tasks.classification.metrics import BINS, LIMIT, score_bins
 
-Batch = tuple[Tensor, list[tuple[int, ...]]]
 
-
-def step(model: nn.Module, batch: Batch, job: Job, class_weights: Sequence[float]) -> Tensor:
-    """The mean loss of a batch of normalised images (b, channels, size, size) and their class indices.
+def step(model: nn.Module, batch: Batch, job: Job, class_weights: Sequence[float], part: str = "") -> Tensor:
+    """The mean loss of a batch.
 
     Each image's loss is weighed on its own and the mean taken over the number of images, never over the sum of the
     weights: so one image's share does not depend on the others, which bounded gradients (differential privacy) need.
     """
-    images, targets = batch
-    logits = model(images)
+    return loss_of_logits(model(batch.images), batch.targets, job, class_weights)
+
+
+def loss_of_logits(
+    logits: Tensor, targets: Sequence[tuple[int, ...]], job: Job, class_weights: Sequence[float]
+) -> Tensor:
+    """The mean over the images of their weighted loss, from logits (b, classes)."""
     weights = torch.tensor(class_weights, dtype=logits.dtype, device=logits.device)
     if job.data.multilabel:
         wanted = many_hot(targets, len(job.classes)).to(logits)
@@ -66,19 +69,29 @@ def count_classes(data: Dataset, job: Job) -> list[int]:
 
 @torch.inference_mode()
 def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> Sums:
-    """What a model does on a data set, as sums that add up over sites (see ``summarise``).
+    """What a model does on a data set, as sums that add up over sites; see ``sums_of_logits``."""
+    model.eval()
+    size = job.evaluation.batch_size
+    batches = (
+        batch(data, range(start, min(start + size, len(data))), job, device, train=False)
+        for start in range(0, len(data), size)
+    )
+    return sums_of_logits(((model(images).double().cpu(), targets) for images, targets in batches), job)
+
+
+def sums_of_logits(outcomes: Iterable[tuple[Tensor, Sequence[tuple[int, ...]]]], job: Job) -> Sums:
+    """The sums of any classifier from its logits float64 (b, classes), on the CPU, and the true class indices.
 
     ``n``; ``loss`` and ``loss_squares``; ``confusion``, classes x classes by row = truth (multi-label: per label
     true negatives, false positives, false negatives, true positives); ``positives`` and ``negatives``, a histogram of
     the score of each class over images that have it and that have it not.
     """
-    classes = len(job.classes)
+    classes, n = len(job.classes), 0
     confusion = torch.zeros(classes * 4 if job.data.multilabel else classes * classes, dtype=torch.int64)
     histogram = torch.zeros(2, classes, BINS, dtype=torch.int64)
     loss = squares = 0.0
-    model.eval()
-    for images, targets in data.batches(job.evaluation.batch_size):
-        logits = model(normalise(images.to(device, memory_format=torch.channels_last), job)).double().cpu()
+    for logits, targets in outcomes:
+        n += len(targets)
         wanted = many_hot(targets, classes)
         if job.data.multilabel:
             losses = F.binary_cross_entropy_with_logits(logits, wanted.double(), reduction="none").mean(1)
@@ -97,7 +110,7 @@ def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
                 histogram[side, k] += torch.bincount(bins[chosen, k], minlength=BINS)
         loss, squares = loss + losses.sum().item(), squares + losses.square().sum().item()
     return {
-        "n": len(data),
+        "n": n,
         "loss": loss,
         "loss_squares": squares,
         "confusion": confusion.tolist(),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shared.cases import derived_seed
 from shared.config import Job, nearest
 from shared.errors import UserError
+from shared.tasks import Part
 
 
 class MeanAndMax(nn.Module):
@@ -89,6 +90,11 @@ def head_prefix(job: Job) -> str:
     return _entry(job).head + "."
 
 
+def parts(job: Job) -> tuple[Part, ...]:
+    """One loss trains all of it."""
+    return (Part(),)
+
+
 def _entry(job: Job) -> Entry:
     if job.model.name not in MODELS:
         raise UserError(
@@ -103,8 +109,14 @@ def _entry(job: Job) -> Entry:
 
 
 def check(job: Job) -> None:
-    """Raise UserError if the job names a model this task has not."""
+    """Raise UserError if the job names a model this task has not, or images it does not take."""
     _entry(job)
+    if job.data.channels not in (1, 3):
+        raise UserError(f"data.channels = {job.data.channels}: must be 1 (grey) or 3 (colour)")
+    if job.data.multilabel and job.data.partition == "dirichlet":
+        raise UserError(
+            "data.partition = 'dirichlet': needs one label per image; use 'iid' or 'size' with data.multilabel"
+        )
 
 
 def build_model(job: Job) -> nn.Module:

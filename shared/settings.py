@@ -1,0 +1,166 @@
+"""Every setting of a job, table by table: its default, what it means, which values are allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.tasks import TASKS
+
+# How a folder of images may be laid out; each task reads some of them. "cases" is what a partition writes.
+FORMATS = (*dict.fromkeys(form for facts in TASKS.values() for form in facts.formats), "cases")
+
+Scalar = str | int | float | bool
+
+
+def knob(
+    default: Scalar,
+    help: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A setting of the job: its default, what it means, and which values are allowed."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Data:
+    format: str = knob(
+        "auto",
+        "how a folder of images without a site.toml is read",
+        choices=FORMATS,
+    )
+    classes: str = knob("normal,abnormal", "class names, comma-separated, in the order of the model's outputs")
+    multilabel: bool = knob(False, "several labels per image, written a|b in the CSV")
+    channels: int = knob(1, "1 (grey) or 3 (colour); of signals, the number of leads", low=1, high=64)
+    size: int = knob(
+        64,
+        "images are fitted into size x size pixels, aspect kept; segmentation: patches of that side",
+        low=8,
+        high=4096,
+    )
+    depth: int = knob(32, "segmentation in 3D: slices of a patch", low=4, high=1024)
+    spacing: float = knob(
+        0.0, "segmentation: resample to so many mm per pixel or voxel; 0 leaves images as they are", low=0.0, high=100.0
+    )
+    window: str = knob("", "grey values from black to white as 'low high' (CT: '-160 240'); '' is the file's own range")
+    masks: str = knob(
+        "classes",
+        "classes: the mask's value is the class, 0 the background; instances: it numbers objects of one class",
+        choices=("classes", "instances"),
+    )
+    labels: str = knob("", "segmentation: classes of the whole image, learnt beside the mask, comma-separated")
+    frames: int = knob(
+        0, "sequences: at most so many frames or samples, evenly picked; 0 takes all", low=0, high=100_000
+    )
+    normal: str = knob("", "reconstruction: the class trained on, all others are anomalies; '' is the first class")
+    modalities: str = knob("", "several images per case: their names, comma-separated, columns path:NAME of the CSV")
+    tabular: str = knob("", "numbers beside the image: column names of the CSV, comma-separated")
+    missing: str = knob(
+        "refuse",
+        "a case without one of its images or numbers: refuse the site, or fill with zeros and flag it to the network",
+        choices=("refuse", "zero"),
+    )
+    frame: str = knob("middle", "which frame of a multi-frame file is used", choices=("first", "middle"))
+    normalise: str = knob(
+        "fixed",
+        "fixed: one shift and scale for all; image: each to mean 0, sd 1; imagenet: as published weights want",
+        choices=("fixed", "image", "imagenet"),
+    )
+    harmonise: str = knob(
+        "none",
+        "a rule each site applies to its own images: polarity turns dark-on-bright into bright-on-dark",
+        choices=("none", "polarity"),
+    )
+    max_per_class: int = knob(
+        0, "at most so many images per class and site for training, and for validation; 0 is no limit", low=0
+    )
+    val_fraction: float = knob(0.1, "share of patients for validation, where no split is given", low=0.0, high=0.9)
+    test_fraction: float = knob(0.2, "share of patients for testing, where no split is given", low=0.0, high=0.9)
+    partition: str = knob(
+        "site",
+        "simulation: keep the real sites, or deal all training images out to invented ones",
+        choices=("site", "iid", "dirichlet", "size"),
+    )
+    partition_sites: int = knob(4, "number of invented sites", low=1, high=100_000)
+    partition_alpha: float = knob(0.5, "Dirichlet concentration; smaller is more unequal", low=0.001, high=1e6)
+    partition_seed: int = knob(0, "which draw of the partition", low=0)
+
+
+@dataclass(frozen=True)
+class Augment:
+    flip: str = knob("none", "random mirroring", choices=("none", "horizontal", "vertical", "both"))
+    rotate: float = knob(0.0, "random rotation up to so many degrees", low=0.0, high=180.0)
+    shift: float = knob(0.0, "random shift up to this share of the image", low=0.0, high=0.5)
+    zoom: float = knob(0.0, "random scaling by up to this share", low=0.0, high=0.9)
+    intensity: float = knob(0.0, "random brightness and contrast by up to this share", low=0.0, high=0.9)
+    colour: float = knob(
+        0.0, "random saturation by up to this share and hue by a fifth of it (colour images)", low=0.0, high=0.9
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = knob("cnn", "the network; `consilium models` lists them by task")
+    weights: str = knob("", "start from a local file (.safetensors, .pt) or a torchvision weight name such as DEFAULT")
+    freeze: str = knob("none", "backbone: train and exchange only the head", choices=("none", "backbone"))
+    width: int = knob(24, "channels of the first stage", low=4, high=512)
+    depth: int = knob(4, "stages of a U-Net", low=2, high=7)
+    norm: str = knob("group", "normalisation layers of a U-Net", choices=("group", "instance"))
+    hidden: int = knob(32, "units of a recurrent layer", low=1, high=4096)
+    latent: int = knob(
+        64, "numbers a generator starts from, or an autoencoder squeezes an image into", low=1, high=4096
+    )
+    conditional: bool = knob(False, "a generator that is told the class")
+    fusion: str = knob(
+        "early", "several images per case: stacked as channels, or an encoder each", choices=("early", "late")
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    local_steps: int = knob(1, "gradient steps at each site in each round", low=1, high=1_000_000)
+    batch_size: int = knob(32, "images per gradient step", low=1, high=65_536)
+    optimizer: str = knob("adamw", "local optimiser", choices=("adamw", "sgd"))
+    learning_rate: float = knob(0.004, "peak learning rate", low=0.0, high=100.0)
+    weight_decay: float = knob(0.001, "decoupled (adamw) or L2 (sgd) weight decay", low=0.0, high=10.0)
+    momentum: float = knob(0.9, "Nesterov momentum of sgd", low=0.0, high=0.999)
+    schedule: str = knob("cosine", "learning rate over the whole run", choices=("cosine", "constant"))
+    warmup: float = knob(0.03, "share of the run in which the learning rate rises to its peak", low=0.0, high=0.9)
+    keep_optimizer: bool = knob(True, "the site keeps its optimiser's moments from round to round")
+    class_weights: str = knob(
+        "balanced", "weigh the loss by inverse class frequency over all sites", choices=("none", "balanced")
+    )
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = knob("float32", "bfloat16: autocast on devices that gain by it", choices=("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Federation:
+    rounds: int = knob(300, "number of rounds", low=1, high=1_000_000)
+    min_sites: int = knob(1, "quorum: fewer admitted replies than this end the run", low=1, high=100_000)
+    fraction: float = knob(1.0, "share of the sites that train in a round", low=0.0001, high=1.0)
+    aggregator: str = knob("mean", "how replies become one model", choices=("mean",))
+    weighting: str = knob(
+        "examples", "a site counts by its training images, or each the same", choices=("examples", "equal")
+    )
+    max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
+    max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
+    round_timeout: float = knob(
+        3600.0, "seconds after which a round goes on without the sites still missing", low=1.0, high=1e7
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: int = knob(
+        10, "validate the global model at the sites every so many rounds, and after the last", low=1, high=1_000_000
+    )
+    best_metric: str = knob("", "the validation metric that picks the best round; '' is the task's first")
+    batch_size: int = knob(128, "images per forward pass", low=1, high=65_536)
+    overlap: float = knob(0.25, "segmentation: share by which sliding windows overlap", low=0.0, high=0.9)
+    samples: int = knob(500, "generation: invented images per evaluation", low=2, high=100_000)
+    reference_rounds: int = knob(
+        100, "generation: rounds that train the network in whose features images are compared", low=1, high=1_000_000
+    )
