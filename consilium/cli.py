@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from consilium.cli_data import cohort, site
+from consilium.cli_trained import explain, generate, predict
 from shared import __version__
 from shared.errors import UserError
 
@@ -45,8 +47,12 @@ def commands() -> None:
     \b
     Hospital data manager, to see whether the images are fit to join:
       consilium site check --data FOLDER
+    \b
+    Whoever has a trained model, the folder RUN that simulate wrote:
+      consilium predict RUN IMAGES --out FOLDER
+      consilium explain RUN --image FILE --out FILE.png
 
-    A job is a TOML file; `consilium job --keys` explains every setting.
+    A job is a TOML file; `consilium job --keys` explains every setting, `consilium models` lists the networks.
     """
 
 
@@ -108,59 +114,18 @@ def job(job: Path | None, settings: tuple[str, ...], keys: bool) -> None:
     click.echo(f"\n# sha256 {loaded.sha256}")
 
 
-@commands.group()
-def cohort() -> None:
-    """Invented hospitals with real DICOM files, to try things on."""
+@commands.command(short_help="List the networks there are.")
+@click.argument("task", required=False, default="")
+def models(task: str) -> None:
+    """List the networks there are, of TASK or of every task: parameters, and the shape of one case as it goes in."""
+    from consilium.models import lines
 
-
-@cohort.command("make")
-@click.argument("directory", type=Path)
-@click.option("--sites", type=click.IntRange(1, 1000), default=3, show_default=True)
-@click.option("--patients", type=click.IntRange(1), default=60, show_default=True, help="Patients per site.")
-@click.option("--seed", type=int, default=0, show_default=True)
-def cohort_make(directory: Path, sites: int, patients: int, seed: int) -> None:
-    """Write chest radiographs of phantoms: DICOM files of several hospitals whose scanners differ.
-
-    Same arguments, same files to the byte; a cohort that is already there is left as it is.
-    """
-    from simulations.cohorts.chest import make
-
-    try:
-        folders = make(directory, sites=sites, patients=patients, seed=seed)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
-    for folder in folders:
-        images = len(list((folder / "images").iterdir()))
-        click.echo(f"{folder}: {images} images of {patients} patients")
-
-
-@commands.group()
-def site() -> None:
-    """For the hospital: check the images and labels before joining."""
-
-
-@site.command("check")
-@click.argument("file", type=Path, required=False)
-@click.option("--data", type=Path, help="A folder of images, where there is no site.toml yet.")
-@click.option(
-    "--format",
-    "form",
-    default="auto",
-    show_default=True,
-    help="auto, csv, folder, npz, coco-crops; dicom: any DICOM file below the folder, labels not needed.",
-)
-@click.option("--job", "job_file", type=Path, help="Check labels against this job's classes.")
-@click.option(
-    "--limit", type=float, help="Largest share of unreadable files that is still fit.  [default: site.toml's, or 0.05]"
-)
-def site_check(file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None) -> None:
-    """Read every image of a site and say whether it is fit to join: nothing is sent anywhere.
-
-    FILE is a site.toml. Exit code 0: fit. Exit code 1: refused, and why. Exit code 2: the question was wrong.
-    """
-    from client.check import check_site
-
-    report = check_site(file, data, form, job_file, limit)
-    for line in report.lines():
+    for line in lines(task):
         click.echo(line)
-    sys.exit(0 if report.fit else 1)
+
+
+commands.add_command(cohort)
+commands.add_command(site)
+commands.add_command(predict)
+commands.add_command(generate)
+commands.add_command(explain)

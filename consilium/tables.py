@@ -42,9 +42,7 @@ def _table(what: str, title: str, metrics: list[str], rows: dict[str, dict[str, 
         table.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("images", justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(
-            escape(name), *(_cell(row, metric) for metric in metrics), str(row.get("images", 0))
-        )
+        table.add_row(escape(name), *(_cell(row, metric) for metric in metrics), str(row.get("images", 0)))
     return table
 
 

@@ -114,7 +114,7 @@ class Run:
     def _train_all(self, arrays: Arrays) -> Arrays:
         job = self.job
         self.survey()
-        if hasattr(self.task, "reference") and not self.reference:
+        if hasattr(self.task, "reference") and not (self.reference or self.is_reference):
             self.reference = train_reference(self.grid, job, self.folder)
         totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
         weights = self.task.class_weights(totals, job)

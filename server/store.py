@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from shared.errors import UserError
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
@@ -44,6 +46,26 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def fresh_folder(folder: Path, mark: str, what: str) -> None:
+    """Make ``folder`` an empty one. If it holds the file ``mark``, so is our own, it is moved aside first.
+
+    Raises:
+        UserError: it holds anything else, is the folder one is in, or cannot be written.
+    """
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"--out {folder}: is the folder you are in; name one of its own")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not (folder / mark).exists():
+                raise UserError(f"--out {folder}: holds files that are not {what} of ours; name a new folder")
+            folder.rename(
+                folder.resolve().with_name(f"{folder.resolve().name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there: {error.strerror}") from None
 
 
 def write_json(path: Path, content: object) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from shared.cases import Sample, SiteData, split_of, split_word, unit_hash
 from shared.config import Job, nearest
 from shared.errors import SiteRefusal
+from shared.imaging.read import is_image_name
 from shared.tasks import TASKS, load_task
 
 Row = dict[str, str]
@@ -171,13 +172,26 @@ def patient_of(path: Path, fallback: str) -> str:
     return patient_id(path) or fallback
 
 
+def find_images(path: Path, job: Job) -> list[Sample]:
+    """Every image file below a folder, hidden ones passed over, or the one file, as cases without labels.
+
+    Paths are relative to the folder, or to that of the file.
+    """
+    if not path.is_dir():
+        names = [path.name]
+    else:
+        files = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file() and is_image_name(file))
+        names = [file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts)]
+    return [make_sample(job, name, (), name, "test") for name in names]
+
+
 # --- the table of a partition -----------------------------------------------------------------------------------------
 
 
 def write_cases(samples: Iterable[Sample]) -> str:
     """Samples as CSV text that the format ``cases`` reads back: the record of a partition, the same for every task."""
     table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
+    rows = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)  # a bare "\r" in a name would end the row
     rows.writerow(["path", "split", "patient", "target", "frame", "key", "box", "mask", "boxes", "paths", "values"])
     for sample in samples:
         more = [sample.target, sample.box, sample.boxes, sample.paths, [None if v != v else v for v in sample.values]]

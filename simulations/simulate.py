@@ -18,7 +18,7 @@ from server.app import app as server_app
 from server.heldout import load_heldout
 from server.results import run_scores
 from server.rounds import Run, RunFailed, train_reference
-from server.store import Event, listening, write_json
+from server.store import Event, fresh_folder, listening, write_json
 from shared import __version__
 from shared.config import Job, Scalar, load_job
 from shared.errors import UserError
@@ -108,16 +108,8 @@ def _collect(folder: Path, others: dict[str, Run]) -> dict[str, Any]:
 
 def _fresh_folder(folder: Path) -> Path:
     """An empty run folder; a run that is already there is moved aside, anything else is refused."""
-    if folder.resolve() == Path.cwd():
-        raise UserError(f"--out {folder}: is the folder you are in; name one of its own")
+    fresh_folder(folder, "rounds.jsonl", "a run")
     try:
-        if folder.exists() and any(folder.iterdir()):
-            if not (folder / "rounds.jsonl").exists():
-                raise UserError(f"--out {folder}: holds files that are not a run of ours; name a new folder")
-            folder.rename(
-                folder.resolve().with_name(f"{folder.resolve().name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-            )
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "rounds.jsonl").touch()
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there: {error.strerror}") from None

@@ -113,7 +113,7 @@ class Dataset:
     @property
     def whole(self) -> Dataset:
         """All splits of the data this is a split of."""
-        return self.origin or self
+        return self if self.origin is None else self.origin  # one without cases would count as false
 
     def subset(self, split: str) -> Dataset:
         """The cases of one split; nothing is copied until a batch is asked for."""

@@ -83,12 +83,17 @@ def _palette(stored: Array, opened: Opened) -> Picture:
     return _unit(table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)] / full)
 
 
-def _grey(stored: Array, photometric: str, opened: Opened, index: int) -> Picture:
-    header = opened.header
+def quantities(stored: Array, opened: Opened, index: int) -> tuple[Array, Array]:
+    """Stored values (H, W) of frame ``index`` as what they measure (CT: HU), float64, and a mask of what is padding."""
     padded = _padding(stored, opened)
     values = _modality(stored.astype(np.float64), opened, index)
     padded |= ~np.isfinite(values)
-    values = np.nan_to_num(values)
+    return np.nan_to_num(values), padded
+
+
+def _grey(stored: Array, photometric: str, opened: Opened, index: int) -> Picture:
+    header = opened.header
+    values, padded = quantities(stored, opened, index)
     grey = _voi(values, opened, index)
     if grey is None:
         one_bit = opened.options.get("bits_stored") == 1
@@ -116,7 +121,7 @@ def _padding(stored: Array, opened: Opened) -> Array:
     return result
 
 
-def _group(opened: Opened, index: int, macro: str) -> Any:
+def functional_group(opened: Opened, index: int, macro: str) -> Any:
     """The item of a functional group macro for this frame, else shared by all (PS3.3 C.7.6.16), else the header."""
     for sequence, number in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
         groups = opened.header.get(sequence)
@@ -130,7 +135,7 @@ def _modality(values: Array, opened: Opened, index: int) -> Array:
     if opened.header.get("ModalityLUTSequence"):
         signed = opened.options.get("pixel_representation") == 1
         return _through(values, opened.header.ModalityLUTSequence[0], opened, signed)[0]
-    group = _group(opened, index, "PixelValueTransformationSequence")
+    group = functional_group(opened, index, "PixelValueTransformationSequence")
     slope, intercept = _number(group.get("RescaleSlope")), _number(group.get("RescaleIntercept"))
     # A slope of 0 would erase the picture: GDCM reads it as 1 too.
     return values * (slope or 1.0) + (intercept or 0.0)
@@ -138,7 +143,7 @@ def _modality(values: Array, opened: Opened, index: int) -> Array:
 
 def _voi(values: Array, opened: Opened, index: int) -> Picture | None:
     """First VOI LUT, else first window, as [0, 1]; None where the file names neither (PS3.3 C.11.2)."""
-    group = _group(opened, index, "FrameVOILUTSequence")
+    group = functional_group(opened, index, "FrameVOILUTSequence")
     if group.get("VOILUTSequence"):
         grey, full = _through(np.rint(values), group.VOILUTSequence[0], opened, bool(values.min() < 0))
         return _unit(grey / full)

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from shared.imaging import video
 from shared.imaging.dicom import dicom_frame_count, frame_index, read_dicom
 from shared.imaging.display import Picture, min_max
 from shared.imaging.errors import CODES, MAX_PIXELS, UnreadableImage, only_unreadable, require_bytes, silence
@@ -54,12 +55,12 @@ _ITU_R_BT601 = np.array([0.299, 0.587, 0.114], np.float32)
 
 @only_unreadable
 def read_image(path: Name, frame: int | str = "middle", box: Box | None = None, key: str | None = None) -> Picture:
-    """Read one picture of a DICOM, PNG, JPEG, BMP, TIFF, .npz or .npy file.
+    """Read one picture of a DICOM, PNG, JPEG, BMP, TIFF, .npz or .npy file, or of a film.
 
     Args:
         path: the file; its suffix does not matter.
-        frame: number from 0, or "middle" (count // 2): frame of a DICOM file, page of a TIFF, place along the first
-            axis of an array. Other files have frame 0 only.
+        frame: number from 0, or "middle" (count // 2): frame of a DICOM file or a film, page of a TIFF, place along
+            the first axis of an array. Other files have frame 0 only.
         box: (x, y, width, height) in pixels from the top left, after orientation; clipped to the picture, to whole
             pixels at the nearest edges.
         key: array of an .npz file; left out, "images" or else the only array that looks like pictures.
@@ -77,6 +78,8 @@ def read_image(path: Name, frame: int | str = "middle", box: Box | None = None, 
     elif kind in ("npz", "npy"):
         pictures = _pictures(path, kind, key)
         picture = _ranged(pictures[frame_index(frame, len(pictures))])
+    elif kind == "film":
+        picture = video.read_frame(path, frame)
     else:
         picture = _raster(path, kind, frame)
     return picture if box is None else crop(picture, box)
@@ -90,6 +93,8 @@ def frame_count(path: Name, key: str | None = None) -> int:
         return dicom_frame_count(path)
     if kind in ("npz", "npy"):
         return len(_pictures(path, kind, key))
+    if kind == "film":
+        return video.frame_count(path)
     if kind == "TIFF":
         silence("tifffile")
         import tifffile
@@ -153,15 +158,17 @@ def fit(image: npt.ArrayLike, height: int, width: int, channels: int) -> Picture
 
 
 def _kind(path: Name) -> str:
-    """ "DICOM", a Pillow format name, "npz" or "npy"; UnreadableImage or OSError for anything else."""
+    """ "DICOM", a Pillow format name, "npz", "npy" or "film"; UnreadableImage or OSError for anything else."""
     require_bytes(path)
     with open(path, "rb") as file:
-        head = file.read(132)
-    if head[128:] == b"DICM":  # first, because a DICOM file may also be a TIFF: its first 128 bytes are free
+        head = file.read(400)
+    if head[128:132] == b"DICM":  # first, because a DICOM file may also be a TIFF: its first 128 bytes are free
         return "DICOM"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
+    if video.container_of(head) or video.is_video_name(path):
+        return "film"
     suffix = Path(path).suffix.lower()
     raise UnreadableImage("not-dicom" if suffix in (".dcm", ".dicom") else "unsupported-format", f"suffix {suffix!r}")
 

@@ -27,7 +27,9 @@ from server.report import write_report
 from server.report_style import plain
 from server.results import run_scores
 from server.store import Store, read_events, write_json, write_text
+from shared.cases import Sample
 from shared.config import Job, job_from_flat
+from shared.imaging.dataset import Dataset
 from shared.tasks import Sums, add_sums
 from shared.tasks.classification.learning import collect
 from shared.tasks.classification.metrics import summarise
@@ -48,17 +50,10 @@ class Canned(nn.Module):
         return self.logits
 
 
-class Images:
-    """As much of a data set as ``collect`` asks for, in one batch."""
-
-    def __init__(self, targets: Targets) -> None:
-        self.targets = targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def batches(self, _: int) -> list[tuple[Tensor, Targets]]:
-        return [(torch.zeros(len(self), 1, 2, 2), self.targets)]
+def images(targets: Targets) -> Dataset:
+    """A data set of blank images with these labels."""
+    samples = [Sample(str(k), target, str(k), "test") for k, target in enumerate(targets)]
+    return Dataset.of(samples, image=np.zeros((len(targets), 1, 2, 2), np.uint16))
 
 
 def draw(job: Job, seed: int, n: int = 400) -> tuple[Tensor, Targets]:
@@ -79,8 +74,9 @@ class Folder:
     def __init__(self, path: Path, job: Job, sites: list[str], seed: int = 0) -> None:
         self.path, self.job, self.sites = path, job, sites
         self.drawn = {name: draw(job, seed + place) for place, name in enumerate(sites)}
+        one_batch = job.replace(evaluation__batch_size=10_000)
         self.sums: dict[str, Sums] = {
-            name: collect(Canned(logits), Images(targets), job, torch.device("cpu"))  # type: ignore[arg-type]
+            name: collect(Canned(logits), images(targets), one_batch, torch.device("cpu"))
             for name, (logits, targets) in self.drawn.items()
         }
         self.store = Store(path)
@@ -110,7 +106,9 @@ class Folder:
             return {name: vars(estimate) for name, estimate in summarise(sums, self.job).items()}
 
         facts: dict[str, Any] = {"sums": parts} if split == "test" else {}
-        facts["metrics"], facts["sites"] = rows(add_sums(parts.values())), {n: rows(s) for n, s in parts.items()}
+        whole = add_sums(parts.values())
+        facts["metrics"], facts["sites"] = rows(whole), {n: rows(s) for n, s in parts.items()}
+        facts["images"], facts["site_images"] = whole["n"], {n: s["n"] for n, s in parts.items()}
         gone = [{"site": name, "reason": reason} for name, reason in (lost or {}).items()]
         self.store.add("evaluation", round=number, split=split, dropped=gone, **facts)
 
@@ -382,7 +380,7 @@ def test_failed_unfinished_and_empty_runs_have_a_report(tmp_path: Path, job: Job
 def test_site_without_a_class_shows_a_dash(tmp_path: Path) -> None:
     job = job_from_flat({"name": "one-sided", "federation.rounds": 3})
     run = Folder(tmp_path, job, ["a", "b"])
-    run.sums["a"] = collect(Canned(torch.randn(5, 2)), Images([(0,)] * 5), job, torch.device("cpu"))  # type: ignore[arg-type]
+    run.sums["a"] = collect(Canned(torch.randn(5, 2)), images([(0,)] * 5), job, torch.device("cpu"))
     run.whole().result()
     assert Page(write_report(tmp_path)).row("a")[2] == "–"
 

@@ -264,7 +264,7 @@ class Scripted(Run):
         for number, value in enumerate(script, start=1):
             from shared.intervals import NOTHING
 
-            metrics = {job.evaluation.best_metric: type(NOTHING)(value, value, value, 1)}
+            metrics = {job.best_metric: type(NOTHING)(value, value, value, 1)}
             self._keep_best(number, {"w": torch.tensor([float(number)])}, metrics)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from shared.config import Job, job_from_flat, knobs, load_job, parse_override
 from shared.errors import UserError
+from shared.tasks import TASKS
 
 
 def refused(flat: dict[str, Any]) -> str:
@@ -130,7 +131,9 @@ def test_a_number_outside_its_range_is_refused_and_its_ends_are_allowed(key: str
 def test_a_choice_takes_each_of_its_words_and_no_other(key: str) -> None:
     choices = knobs()[key].metadata["choices"]
     for word in choices:
-        assert job_from_flat({key: word}).flat()[key] == word
+        # A layout of images is one of those that the task reads.
+        task = {"task": next(t for t in TASKS if word in (*TASKS[t].formats, "cases"))} if key == "data.format" else {}
+        assert job_from_flat(task | {key: word}).flat()[key] == word
     near = choices[0] + "x"
     text = refused({key: near})
     assert key in text
@@ -146,9 +149,14 @@ def test_a_choice_takes_each_of_its_words_and_no_other(key: str) -> None:
         ({"data.classes": "a,b,a"}, "twice"),
         ({"data.classes": "", "data.multilabel": True}, "data.classes"),
         ({"evaluation.best_metric": "auc"}, "auroc"),
-        ({"data.channels": 2}, "data.channels"),
         ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, "data.val_fraction"),
-        ({"data.multilabel": True, "data.partition": "dirichlet"}, "data.partition"),
+        ({"data.labels": "sick,well,sick"}, "data.labels"),
+        ({"data.modalities": "t1,t1"}, "data.modalities"),
+        ({"data.tabular": "age,age"}, "data.tabular"),
+        ({"data.format": "voc"}, "data.format"),
+        ({"task": "detection", "data.format": "npz"}, "data.format"),
+        ({"task": "segmentation", "evaluation.best_metric": "map50"}, "dice"),
+        ({"task": "segmentation", "data.classes": ","}, "data.classes"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(flat: dict[str, Any], words: str) -> None:
@@ -157,6 +165,14 @@ def test_settings_that_do_not_go_together_are_refused(flat: dict[str, Any], word
 
 def test_one_label_is_enough_where_several_may_hold() -> None:
     assert job_from_flat({"data.classes": "finding", "data.multilabel": True}).classes == ("finding",)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_best_round_is_picked_by_the_tasks_first_metric_or_any_other_of_its_own(task: str) -> None:
+    metrics = list(TASKS[task].metrics)
+    assert job_from_flat({"task": task}).best_metric == metrics[0]
+    for metric in metrics:
+        assert job_from_flat({"task": task, "evaluation.best_metric": metric}).best_metric == metric
 
 
 def test_class_names_are_stripped_and_kept_in_order() -> None:
@@ -183,7 +199,7 @@ def values_of(key: str) -> st.SearchStrategy[Any]:
     return ANY_TEXT
 
 
-FREE = [key for key in knobs() if key not in ("data.classes", "evaluation.best_metric", "data.channels")]
+FREE = [key for key in knobs() if key not in ("data.classes", "evaluation.best_metric")]
 # Few keys at a time: every key is met, and hypothesis can name the one that fails.
 JOBS = st.lists(st.sampled_from(FREE), unique=True, max_size=6).flatmap(
     lambda keys: st.fixed_dictionaries({key: values_of(key) for key in keys})

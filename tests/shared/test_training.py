@@ -23,6 +23,7 @@ from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.tasks.classification import build_model, class_weights, count_classes, step
+from shared.tasks.classification.data import Batch
 from shared.training import batch_indices, learning_rate, pick_device, train
 
 torch.set_num_threads(1)
@@ -45,7 +46,7 @@ def job_of(**more: Any) -> Job:
 def data_of(job: Job, n: int = 13) -> Dataset:
     shape = (n, job.data.channels, job.data.size, job.data.size)
     images = np.random.default_rng(0).integers(0, 65536, shape, dtype=np.uint16)
-    return Dataset(images, tuple(Sample(str(k), (k % 2,), str(k), "train") for k in range(n)))
+    return Dataset.of([Sample(str(k), (k % 2,), str(k), "train") for k in range(n)], image=images)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -152,10 +153,11 @@ def plain_training(model: nn.Module, data: Dataset, job: Job, site: str, steps: 
     stream = endless(len(data), derived_seed(job.seed, site))
     labels = torch.tensor([sample.target[0] for sample in data.samples])
     weights = torch.tensor(WEIGHTS)
+    images = data.columns["image"].flat.reshape(len(data), job.data.channels, job.data.size, job.data.size)
     everything = 0.0
     for k in range(steps):
         chosen = list(islice(stream, min(settings_.batch_size, len(data))))
-        pixels = torch.from_numpy(np.asarray(data.images)[chosen].astype(np.float32)) * (1 / 65535)
+        pixels = torch.from_numpy(images[chosen].astype(np.float32)) * (1 / 65535)
         pixels = ((pixels - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(k, total, job)
@@ -226,7 +228,7 @@ def test_training_learns_what_can_be_learnt() -> None:
     job = job_of(train__learning_rate=0.01, train__batch_size=8, train__local_steps=20)
     images = np.random.default_rng(1).integers(0, 20000, (16, 1, 16, 16), dtype=np.uint16)
     images[::2, :, :, :8] += 30000
-    data = Dataset(images, data_of(job, 16).samples)
+    data = Dataset.of(data_of(job, 16).samples, image=images)
     model = build_model(job)
     train(model, task, data, job, site="a", first_step=0, steps=40, class_weights=[1.0, 1.0])
     sums = task.collect(model, data, job, torch.device("cpu"))
@@ -302,10 +304,10 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images_losses_each_weighed_alone
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets = TARGETS[multilabel]
     alone = [single_loss(row.tolist(), target, multilabel) for row, target in zip(logits, targets, strict=True)]
-    assert step(Given(), (logits, targets), job, MANY).item() == pytest.approx(sum(alone) / 5)
+    assert step(Given(), Batch(logits, targets), job, MANY).item() == pytest.approx(sum(alone) / 5)
     for k in range(5):
         rest = [i for i in range(5) if i != k]
-        loss = step(Given(), (logits[rest], [targets[i] for i in rest]), job, MANY).item()
+        loss = step(Given(), Batch(logits[rest], [targets[i] for i in rest]), job, MANY).item()
         assert 4 * loss == pytest.approx(sum(alone) - alone[k])
 
 
@@ -331,7 +333,8 @@ def test_the_weight_of_a_label_is_negatives_over_positives_at_most_100() -> None
 
 def test_classes_are_counted_per_image_and_the_images_come_last_with_several_labels() -> None:
     samples = tuple(Sample(str(k), target, "", "train") for k, target in enumerate(TARGETS[True]))
-    data = Dataset(np.zeros((5, 1, 8, 8), np.uint16), samples)
-    assert count_classes(data, job_of(data__classes="a,b,c", data__multilabel=True)) == [2, 2, 3, 5]
+    images = np.zeros((5, 1, 8, 8), np.uint16)
+    several = job_of(data__classes="a,b,c", data__multilabel=True)
+    assert count_classes(Dataset.of(samples, image=images), several) == [2, 2, 3, 5]
     samples = tuple(Sample(str(k), target, "", "train") for k, target in enumerate(TARGETS[False]))
-    assert count_classes(Dataset(data.images, samples), job_of(data__classes="a,b,c")) == [2, 1, 2]
+    assert count_classes(Dataset.of(samples, image=images), job_of(data__classes="a,b,c")) == [2, 1, 2]

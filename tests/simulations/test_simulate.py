@@ -166,7 +166,7 @@ def test_sites_that_share_a_cache_folder_do_not_share_pixels(three_sites: Path, 
             Image.fromarray(np.full((16, 16), number * 200, np.uint8)).save(image, compress_level=0)
             os.utime(image, (1, 1))
     run(tiny_job, three_sites, tmp_path / "o")
-    entries = [np.load(file).max() for file in sorted((three_sites / "one-cache").glob("*/images.npy"))]
+    entries = [np.fromfile(file, np.uint16).max() for file in (three_sites / "one-cache").glob("*/image.raw")]
     assert sorted(entries) == sorted([0, round(200 / 255 * 65535)])
 
 

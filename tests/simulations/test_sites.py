@@ -15,8 +15,9 @@ from PIL import Image
 from shared.cases import Sample, SiteData
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
+from shared.imaging.dataset import load_dataset
+from shared.samples import read_samples
 from shared.sitefile import read_site
-from shared.tasks.classification import load, read_samples
 from simulations.partition import partition
 from simulations.sites import find_sites
 
@@ -237,13 +238,14 @@ def test_invented_sites_decode_the_same_pixels_into_caches_of_their_own(three_si
     seen: dict[str, Any] = {}
     for file in files:
         site = read_site(file)
-        data = load(read_samples(site, job), site, job)
-        seen |= {sample.path: data.images[k] for k, sample in enumerate(data.samples)}
+        data = load_dataset(read_samples(site, job), site, job)
+        seen |= {sample.path: data.columns["image"][k] for k, sample in enumerate(data.samples)}
     assert {path.relative_to(three_sites) for path in three_sites.rglob("*")} == before
     for name in "abc":
         site = read_site(three_sites / name / "site.toml")
-        data = load(read_samples(site, job), site, job)
-        assert all((data.images[k] == seen[f"{name}/{s.path}"]).all() for k, s in enumerate(data.samples))
+        data = load_dataset(read_samples(site, job), site, job)
+        images = data.columns["image"]
+        assert all((images[k] == seen[f"{name}/{s.path}"]).all() for k, s in enumerate(data.samples))
 
 
 def test_the_same_job_writes_the_same_files_again_and_more_sites_than_patients_are_refused(
@@ -251,7 +253,7 @@ def test_the_same_job_writes_the_same_files_again_and_more_sites_than_patients_a
 ) -> None:
     job = job_of(data__partition="dirichlet")
     written = [
-        [file.with_name("labels.csv").read_bytes() for file in find_sites(three_sites, changed, tmp_path / out)]
+        [file.with_name("cases.csv").read_bytes() for file in find_sites(three_sites, changed, tmp_path / out)]
         for changed, out in ((job, "1"), (job.replace(seed=9), "2"), (job.replace(data__partition_seed=1), "3"))
     ]
     assert written[0] == written[1] != written[2]

@@ -50,11 +50,16 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
     Raises:
         UnreadableImage: with a code that says why.
     """
-    path = site.root / sample.path
-    picture = _picture(str(path), _changed(path), sample.frame, sample.key)
+    picture = read_picture(sample, site)
     if sample.box:
         picture = crop(picture, sample.box)
     return {"image": to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels))}
+
+
+def read_picture(sample: Sample, site: SiteData) -> Picture:
+    """The picture a sample is, or is cut out of; see ``read_image``."""
+    path = site.root / sample.path
+    return _picture(str(path), _changed(path), sample.frame, sample.key)
 
 
 @lru_cache(maxsize=1)  # the boxes of one file come one after the other and share its decoding

@@ -32,5 +32,5 @@ def explainable(model: nn.Module, data: Dataset, job: Job, device: torch.device,
     channels, *size = images.shape[1:]
     return Explainable(
         images, score, job.classes[number], float(shares[0, number]), picture[None], ("",),
-        lambda values: values.sum(1), (channels, *window_of(*size)), head_prefix(job),
+        lambda values: values.sum(1), (channels, *window_of(size)), head_prefix(job),
     )  # fmt: skip

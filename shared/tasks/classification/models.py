@@ -69,11 +69,12 @@ def _torchvision(name: str) -> Callable[[Job], nn.Module]:
 
 
 class Entry(NamedTuple):
-    """How to build a model, the name of its last layer, and the smallest image it takes."""
+    """How to build a model, the name of its last layer, the smallest image it takes, and why it cannot be exported."""
 
     build: Callable[[Job], nn.Module]
     head: str
     smallest: int = 8
+    no_export: str = ""
 
 
 MODELS: dict[str, Entry] = {
@@ -93,6 +94,11 @@ def head_prefix(job: Job) -> str:
 def parts(job: Job) -> tuple[Part, ...]:
     """One loss trains all of it."""
     return (Part(),)
+
+
+def example(job: Job) -> tuple[Tensor, ...]:
+    """An input of the network: one image (1, channels, size, size)."""
+    return (torch.zeros(1, job.data.channels, job.data.size, job.data.size),)
 
 
 def _entry(job: Job) -> Entry:

@@ -46,7 +46,7 @@ def predictions_of_logits(logits: torch.Tensor, job: Job) -> Iterator[Prediction
 
 
 def write(predictions: Iterable[tuple[Sample, Prediction]], site: SiteData, job: Job, out: Path) -> list[Path]:
-    """Write ``predictions.csv``: path, label (several written a|b), and a column ``probability:NAME`` for each class."""
+    """Write ``predictions.csv``: path, label (several written a|b), ``probability:NAME`` for each class."""
     file = out / "predictions.csv"
     # A file name may hold bytes that are no UTF-8: they go out as they came in.
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table:

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import shared.imaging.dataset as module
+import shared.tasks.classification.data as module
 from shared.cases import Sample, SiteData
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal
-from shared.imaging.dataset import Dataset, concatenate, load_dataset
+from shared.imaging.dataset import Dataset, concatenate, load_dataset, to_float
 from shared.imaging.read import fit, read_image
 
 
@@ -55,19 +56,21 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def pixels(data: Dataset) -> np.ndarray:
-    return np.asarray(data.images[range(len(data))])
+    return data.columns["image"].take(range(len(data)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_decoded_pixels_are_those_of_read_and_fit(site: SiteData, channels: int) -> None:
     job = job_from_flat({"data.size": 12, "data.channels": channels})
     data = load_dataset(samples_of(), site, job)
-    images, targets = data.batch(range(6))
+    images = to_float(pixels(data))
     assert images.shape == (6, channels, 12, 12)
     for number, image in enumerate(images.numpy()):
         expected = fit(read_image(site.root / f"{number}.png"), 12, 12, channels)
         assert np.abs(image - expected).max() <= 1 / 65535
-    assert targets == [(k % 2,) for k in range(6)]
+    batch = module.batch(data, range(6), job, torch.device("cpu"), train=False)
+    assert torch.equal(batch.images, (images - 0.5) / 0.25)
+    assert batch.targets == [(k % 2,) for k in range(6)]
     assert data.samples == tuple(samples_of())
     assert not data.skipped
 
@@ -168,7 +171,7 @@ def test_two_processes_that_decode_at_once_both_get_it_right(site: SiteData, job
         "        here.touch(); deadline = time.monotonic() + 60\n"
         "        while len(list(here.parent.glob('*.there'))) < 2 and time.monotonic() < deadline: time.sleep(.01)\n"
         "data = d.load_dataset(samples, site, job_from_flat({'data.size': 12}), meet)\n"
-        "print(data.images[range(6)].astype(int).sum((1, 2, 3)).tolist())"
+        "print(data.columns['image'].take(range(6)).astype(int).sum((1, 2, 3)).tolist())"
     )
     (site.root / "meet").mkdir()
     env = {**os.environ, "PYTHONPATH": str(root)}
@@ -196,8 +199,8 @@ def test_unreadable_images_are_left_out_and_listed(site: SiteData, job: Job) -> 
         ("1.png", "unsupported-format"),
         ("3.png", "not-found"),
     ]
-    assert len(data.images) == len(data) == 4
-    for image, sample in zip(data.images, data.samples, strict=True):
+    assert len(data.columns["image"]) == len(data) == 4
+    for image, sample in zip(pixels(data), data.samples, strict=True):
         expected = fit(read_image(site.root / sample.path), 12, 12, 1)
         assert np.abs(image / 65535 - expected).max() <= 1 / 65535
 
@@ -229,7 +232,7 @@ def test_the_limit_itself_is_still_allowed(tmp_path: Path, job: Job) -> None:
 def test_a_site_of_unreadable_images_only_is_an_empty_set(site: SiteData, job: Job) -> None:
     data = load_dataset(samples_of(range(7, 9)), SiteData("s", site.root, max_unreadable=1.0), job)
     assert len(data) == len(data.subset("train")) == 0
-    assert list(data.batches(4)) == []
+    assert not any(map(len, data.columns.values()))
 
 
 def test_a_cache_that_cannot_be_written_is_refused_by_name(site: SiteData, job: Job) -> None:
@@ -278,36 +281,35 @@ def test_frames_and_keys_name_the_picture_of_an_array(tmp_path: Path, job: Job) 
 
 def invented(n: int, seed: int = 0) -> Dataset:
     images = np.random.default_rng(seed).integers(0, 65536, (n, 1, 3, 3), dtype=np.uint16)
-    return Dataset(images, tuple(samples_of(range(n))))
+    return Dataset.of(samples_of(range(n)), image=images)
+
+
+def images_of(data: Dataset) -> np.ndarray:
+    return pixels(data) if len(data) else np.zeros((0, 1, 3, 3), np.uint16)
 
 
 def same(data: Dataset, images: np.ndarray, samples: list[Sample]) -> bool:
-    found = list(data.batches(4))
-    stacked = np.concatenate([images.numpy() for images, _ in found]) if found else np.zeros((0, 1, 3, 3))
-    targets = [target for _, targets in found for target in targets]
-    return (
-        data.samples == tuple(samples)
-        and np.array_equal(np.rint(stacked * 65535), images)
-        and targets == [sample.target for sample in samples]
-    )
+    return data.samples == tuple(samples) and np.array_equal(images_of(data), images)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 20), st.data())
 def test_subsets_and_batches_are_plain_indexing(n: int, draw: st.DataObject) -> None:
-    data = invented(n)
-    assert same(data, data.images, list(data.samples))
+    data, job = invented(n), job_from_flat({"data.size": 8})
+    whole = images_of(data)
+    assert same(data, whole, list(data.samples))
     for split in ("train", "val", "test"):
         keep = [k for k in range(n) if data.samples[k].split == split]
         part = data.subset(split)
-        assert same(part, data.images[keep], [data.samples[k] for k in keep])
-        assert same(part.subset(split), data.images[keep], [data.samples[k] for k in keep])
+        assert same(part, whole[keep], [data.samples[k] for k in keep])
+        assert same(part.subset(split), whole[keep], [data.samples[k] for k in keep])
         assert len(part.subset("other")) == 0
+        assert part.whole is part.subset(split).whole is data.whole is data
         if keep:
             chosen = draw.draw(st.lists(st.integers(0, len(keep) - 1), min_size=1, max_size=8))
-            images, targets = part.batch(chosen)
-            expected = data.images[[keep[k] for k in chosen]].astype(np.float32) / 65535
-            assert np.allclose(images.numpy(), expected, atol=1e-7)
+            images, targets = module.batch(part, chosen, job, torch.device("cpu"), train=False)
+            expected = whole[[keep[k] for k in chosen]].astype(np.float32) / 65535
+            assert np.allclose(images.numpy() * 0.25 + 0.5, expected, atol=1e-7)
             assert images.dtype.is_floating_point
             assert targets == [data.samples[keep[k]].target for k in chosen]
 
@@ -316,7 +318,8 @@ def test_subsets_and_batches_are_plain_indexing(n: int, draw: st.DataObject) -> 
 def test_concatenated_sets_are_their_images_one_after_another(sizes: list[int]) -> None:
     parts = [invented(n, seed) for seed, n in enumerate(sizes)]
     data = concatenate(parts)
-    assert same(data, np.concatenate([part.images for part in parts]), [s for part in parts for s in part.samples])
+    expected = np.concatenate([images_of(part) for part in parts])
+    assert same(data, expected, [s for part in parts for s in part.samples])
 
 
 def test_concatenating_takes_parts_of_sets_and_leaves_out_what_could_not_be_read(site: SiteData, job: Job) -> None:
@@ -331,5 +334,7 @@ def test_concatenating_takes_parts_of_sets_and_leaves_out_what_could_not_be_read
 
 def test_a_set_in_the_cache_is_mapped_and_not_read_into_memory(site: SiteData, job: Job) -> None:
     data = load_dataset(samples_of(), site, job)
-    assert isinstance(data.images, np.memmap)
-    assert isinstance(data.subset("train").images.base, np.memmap)
+    whole, part = data.columns["image"].flat, data.subset("train").columns["image"].flat
+    assert isinstance(whole, np.memmap)
+    assert part is whole
+    assert np.shares_memory(data.columns["image"][0], whole)

@@ -19,7 +19,8 @@ from client.workspace import Moments
 from shared.cases import Sample, SiteData, split_of
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal
-from shared.tasks.classification import load, read_samples
+from shared.imaging.dataset import load_dataset
+from shared.samples import read_samples
 
 
 @pytest.fixture
@@ -237,8 +238,8 @@ def test_a_site_reads_the_same_after_it_has_worked_in_its_own_folder(tmp_path: P
     """Without a home of its own a client keeps cache, state and log beside the site.toml, among the images."""
     site = folders(tmp_path)
     before = read_samples(site, job)
-    load(before, site, job)
-    Moments(tmp_path, 1).save(1, {})
+    load_dataset(before, site, job)
+    Moments(tmp_path, 1, job).save(1, {})
     (tmp_path / "site.log").write_text("a line\n")
     assert read_samples(site, job) == before
 

@@ -18,7 +18,7 @@ from torch import nn
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
 from shared.imaging.dataset import Dataset
-from shared.tasks import METRICS, Sums, add_sums
+from shared.tasks import TASKS, Sums, add_sums
 from shared.tasks.classification.learning import collect
 from shared.tasks.classification.metrics import (
     BINS,
@@ -53,7 +53,7 @@ def job_of(classes: int, multilabel: bool = False) -> Job:
 def data_of(targets: list[tuple[int, ...]]) -> Dataset:
     images = np.zeros((len(targets), 1, 8, 8), np.uint16)
     images[:, 0, 0, 0] = np.arange(len(targets))
-    return Dataset(images, tuple(Sample(str(k), target, str(k), "test") for k, target in enumerate(targets)))
+    return Dataset.of([Sample(str(k), target, str(k), "test") for k, target in enumerate(targets)], image=images)
 
 
 def sums_of(logits: np.ndarray, targets: list[tuple[int, ...]], job: Job) -> Sums:
@@ -185,7 +185,7 @@ def test_one_class_alone_has_an_accuracy_but_no_auroc() -> None:
 def test_no_image_at_all_gives_nothing_and_no_error(multilabel: bool) -> None:
     job = job_of(3, multilabel)
     found = summarise(sums_of(np.zeros((0, 3)), [], job), job)
-    assert set(found) >= set(METRICS["classification"])
+    assert set(found) >= set(TASKS["classification"].metrics)
     assert all(math.isnan(estimate.value) and estimate.n == 0 for estimate in found.values())
 
 

@@ -25,6 +25,7 @@ from shared.config import Job, job_from_flat
 from shared.errors import UserError
 from shared.imaging.dataset import Dataset
 from shared.tasks.classification import build_model, check, step
+from shared.tasks.classification.data import Batch
 from shared.tasks.classification.models import MODELS, head_prefix
 from shared.training import make_optimizer, train
 from shared.weights import digest, exchanged, put
@@ -56,7 +57,7 @@ def losses(model: nn.Module, job: Job, rate: float = 1e-3, steps: int = 3) -> li
     found = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = step(model, (images, targets), job, [1.0, 1.0, 1.0])
+        loss = step(model, Batch(images, targets), job, [1.0, 1.0, 1.0])
         loss.backward()
         optimizer.step()
         found.append(loss.item())
@@ -96,6 +97,22 @@ def test_a_model_takes_every_size_a_job_may_ask_for_or_refuses_the_job(name: str
     except UserError:
         return
     assert model(pictures(job, 2)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"data__channels": 2}, "data.channels = 2"),
+        ({"data__multilabel": True, "data__partition": "dirichlet"}, "data.partition = 'dirichlet'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_in_one_line(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(job_of("cnn", **more))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for value in (1, 3):
+        check(job_of("cnn", data__channels=value, data__multilabel=True))
 
 
 def test_cnn_has_the_number_of_parameters_it_is_said_to_have() -> None:
@@ -182,7 +199,7 @@ def dataset() -> Callable[[Job], Dataset]:
     def make(job: Job) -> Dataset:
         shape = (12, job.data.channels, job.data.size, job.data.size)
         images = np.random.default_rng(0).integers(0, 65536, shape, dtype=np.uint16)
-        return Dataset(images, tuple(Sample(str(k), (k % 3,), str(k), "train") for k in range(12)))
+        return Dataset.of([Sample(str(k), (k % 3,), str(k), "train") for k in range(12)], image=images)
 
     return make
 

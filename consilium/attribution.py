@@ -1,0 +1,145 @@
+"""Which pixels a score depends on: Grad-CAM, integrated gradients and occlusion, by Captum."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.errors import UserError
+from shared.explaining import Explainable
+
+STEPS = 64  # of integrated gradients
+AT_ONCE = 16  # inputs in one pass, fewer if they are large:
+NUMBERS = 2**20  # so many numbers go in
+COARSEST = 4  # Grad-CAM wants maps of at least 4 x 4: a coarser one says next to nothing about where
+
+
+class Attribution(NamedTuple):
+    """``maps`` float32 (k, h, w), one for each picture of the case; above 0 speaks for the class, below against it."""
+
+    maps: np.ndarray
+    how: str
+    signed: bool
+
+
+def grad_cam(model: nn.Module, case: Explainable) -> Attribution:
+    """Grad-CAM (Selvaraju et al., ICCV 2017) at the coarsest layer that still has a map of 4 x 4 or more.
+
+    Raises:
+        UserError: the network has no such layer.
+    """
+    from captum.attr import LayerGradCam
+
+    name, layer = cam_layer(model, case)
+    inputs = case.inputs.detach().clone().requires_grad_()
+    coarse = LayerGradCam(case.score, layer).attribute(inputs, relu_attributions=True).detach()
+    k, height, width = case.pictures.shape[:3]
+    fine = _enlarged(coarse, k, height, width)
+    size = " x ".join(map(str, coarse.shape[2:]))
+    return Attribution(fine.cpu().numpy(), f"Grad-CAM, maps of {size} of {name}", signed=False)
+
+
+def _enlarged(coarse: Tensor, k: int, height: int, width: int) -> Tensor:
+    """(1 or k, 1, h, w) or (1, 1, d, h, w) as (k, height, width), bilinearly."""
+    if coarse.ndim == 5:
+        return F.interpolate(coarse, (k, height, width), mode="trilinear", align_corners=False)[0, 0]
+    fine = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[:, 0]
+    return fine.expand(k, height, width)
+
+
+def cam_layer(model: nn.Module, case: Explainable) -> tuple[str, nn.Module]:
+    """The last layer that gives a map of the coarsest size that is at least ``COARSEST`` each way, and its name.
+
+    In a classifier it is the last one before pooling, in a U-Net the bottom. The finest, if all are coarser. Layers
+    that run several times in one pass are passed over: their maps would be mixed up.
+
+    Raises:
+        UserError: no layer gives a map.
+    """
+    calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: object, result: object) -> None:
+            calls.append((name, tuple(result.shape) if isinstance(result, Tensor) else ()))
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(note(name))
+        for name, module in model.named_modules()
+        if name and not f"{name}.".startswith(case.head)
+    ]
+    try:
+        with torch.no_grad():
+            case.score(case.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(name for name, _ in calls)
+    maps = {
+        name: shape[2:] for name, shape in calls if times[name] == 1 and len(shape) in (4, 5) and min(shape[2:]) > 1
+    }
+    if not maps:
+        raise UserError("--method gradcam: this network has no layer that gives a map; try integrated-gradients")
+    fine = {name: size for name, size in maps.items() if min(size[-2:]) >= COARSEST}
+    wanted = min(map(np.prod, fine.values())) if fine else max(map(np.prod, maps.values()))
+    last = [name for name, size in (fine or maps).items() if np.prod(size) == wanted][-1]
+    return last, model.get_submodule(last)
+
+
+def integrated_gradients(model: nn.Module, case: Explainable) -> Attribution:
+    """Integrated gradients (Sundararajan, Taly & Yan, ICML 2017) from a black picture.
+
+    The attributions of all pixels add up to the difference between the score of the picture and of the black one.
+    """
+    from captum.attr import IntegratedGradients
+
+    method = IntegratedGradients(case.score)
+    found = method.attribute(case.inputs, darkest(case.inputs), n_steps=STEPS, internal_batch_size=_at_once(case))
+    return Attribution(_planes(case, found), "integrated gradients from black", signed=True)
+
+
+def occlusion(model: nn.Module, case: Explainable) -> Attribution:
+    """How much the score falls when a window of the picture is blacked out (Zeiler & Fergus, ECCV 2014)."""
+    from captum.attr import Occlusion
+
+    strides = tuple(max(1, side // 2) if place else side for place, side in enumerate(case.window))
+    found = Occlusion(case.score).attribute(
+        case.inputs, case.window, strides, darkest(case.inputs), perturbations_per_eval=_at_once(case)
+    )
+    size = " x ".join(map(str, case.window[-2:]))
+    return Attribution(_planes(case, found), f"occlusion by windows of {size} pixels", signed=True)
+
+
+def _at_once(case: Explainable) -> int:
+    return max(1, min(AT_ONCE, NUMBERS // case.inputs.numel()))
+
+
+def darkest(inputs: Tensor) -> Tensor:
+    """A picture of the darkest value of each case and channel: black, whatever the normalisation."""
+    return inputs.amin((-2, -1), keepdim=True).expand_as(inputs)
+
+
+def _planes(case: Explainable, values: Any) -> np.ndarray:
+    result: np.ndarray = case.planes(values.detach()).float().cpu().numpy()
+    return result
+
+
+METHODS: dict[str, Callable[[nn.Module, Explainable], Attribution]] = {
+    "gradcam": grad_cam,
+    "integrated-gradients": integrated_gradients,
+    "occlusion": occlusion,
+}
+
+
+def attribute(model: nn.Module, case: Explainable, method: str) -> Attribution:
+    """The map of ``method``, one of METHODS."""
+    # cuDNN cannot run a recurrent layer backward outside of training.
+    with torch.backends.cudnn.flags(enabled=False), torch.enable_grad():
+        return METHODS[method](model, case)

@@ -1,0 +1,77 @@
+"""The commands on images: `consilium cohort` and `consilium site`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from shared.errors import UserError
+from shared.settings import FORMATS
+from simulations.cohorts import COHORTS
+
+
+@click.group()
+def cohort() -> None:
+    """Invented hospitals with real files, to try things on."""
+
+
+@cohort.command("make")
+@click.argument("directory", type=Path)
+@click.option("--kind", default="chest", show_default=True, help=f"What is invented: {', '.join(COHORTS)}.")
+@click.option("--sites", type=click.IntRange(1, 1000), help="Hospitals.  [default: the kind's own number]")
+@click.option("--patients", type=click.IntRange(1), help="Patients per site.  [default: the kind's own number]")
+@click.option("--seed", type=int, default=0, show_default=True)
+def cohort_make(directory: Path, kind: str, sites: int | None, patients: int | None, seed: int) -> None:
+    """Write images of phantoms as files of several hospitals whose scanners differ.
+
+    Same arguments, same files to the byte; a cohort that is already there is left as it is.
+    """
+    from shared.config import nearest
+
+    if kind not in COHORTS:
+        raise UserError(f"--kind {kind}: must be one of {', '.join(COHORTS)}{nearest(kind, COHORTS)}")
+    given = {"sites": sites, "patients": patients}
+    try:
+        made = import_module(COHORTS[kind]).make(
+            directory, seed=seed, **{key: value for key, value in given.items() if value is not None}
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    for folder in made:
+        files = sum(path.is_file() for path in folder.rglob("*"))
+        click.echo(f"{folder}: {files} files")
+
+
+@click.group()
+def site() -> None:
+    """For the hospital: check the images and labels before joining."""
+
+
+@site.command("check")
+@click.argument("file", type=Path, required=False)
+@click.option("--data", type=Path, help="A folder of images, where there is no site.toml yet.")
+@click.option(
+    "--format",
+    "form",
+    default="auto",
+    show_default=True,
+    help=f"{', '.join(FORMATS)}; dicom: any DICOM file below the folder, labels not needed.",
+)
+@click.option("--job", "job_file", type=Path, help="Check labels against this job's classes.")
+@click.option(
+    "--limit", type=float, help="Largest share of unreadable files that is still fit.  [default: site.toml's, or 0.05]"
+)
+def site_check(file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None) -> None:
+    """Read every image of a site and say whether it is fit to join: nothing is sent anywhere.
+
+    FILE is a site.toml. Exit code 0: fit. Exit code 1: refused, and why. Exit code 2: the question was wrong.
+    """
+    from client.check import check_site
+
+    report = check_site(file, data, form, job_file, limit)
+    for line in report.lines():
+        click.echo(line)
+    sys.exit(0 if report.fit else 1)

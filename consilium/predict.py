@@ -1,0 +1,129 @@
+"""A trained model's word on new images: one file or a folder of them, read as in training, in files others can use."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from consilium.trained import TrainedModel, open_run
+from server.store import fresh_folder, write_json
+from shared import __version__
+from shared.cases import Sample, SiteData
+from shared.errors import SiteRefusal, UserError
+from shared.imaging.dataset import Skipped, load_dataset
+from shared.samples import find_images
+
+AT_ONCE = 64  # cases decoded before the model sees them: so little disk and memory is needed, however many there are
+MARK = "prediction.json"
+
+Progress = Callable[[int, int], None]  # hears (cases done, of all)
+
+
+class Predicted(NamedTuple):
+    """What was done: cases predicted, what could not be read, the files written."""
+
+    cases: int
+    unreadable: list[Skipped]
+    files: list[Path]
+
+
+def predict(
+    run: Path,
+    path: Path,
+    out: Path,
+    weights: str = "best",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Predicted:
+    """Predict every case in ``path``, a file or a folder; the files appear in ``out`` all at once, or not at all.
+
+    ``prediction.json`` beside them says which model it was, of which job, and what could not be read.
+
+    Raises:
+        UserError: no run, nothing there, or no place to write; one line.
+    """
+    trained = open_run(run, weights, device)
+    site, samples = find_cases(trained, path)
+    with filled_whole(out, MARK, "predictions") as work:
+        unreadable: list[Skipped] = []
+        site = dataclasses.replace(site, cache=work / ".cache")
+        found = _predictions(trained, site, samples, unreadable, progress or (lambda done, of: None))
+        files = trained.task.write(found, site, trained.job, work)
+        result = Predicted(len(samples) - len(unreadable), unreadable, [out / file.relative_to(work) for file in files])
+        if result.cases:
+            write_json(work / MARK, _facts(trained, run, weights, result))
+    return result
+
+
+def _facts(trained: TrainedModel, run: Path, weights: str, result: Predicted) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "run": str(run.resolve()),
+        "weights": weights,
+        "round": int(trained.facts.get("round", 0)),
+        "task": trained.job.task,
+        "model": trained.job.model.name,
+        "job_sha256": trained.job.sha256,
+        "cases": result.cases,
+        "unreadable": [vars(item) for item in result.unreadable],
+    }
+
+
+def find_cases(trained: TrainedModel, path: Path) -> tuple[SiteData, list[Sample]]:
+    """The cases in a file or a folder, without labels, and the site they would be.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    try:
+        samples: list[Sample] = getattr(trained.task, "find", find_images)(path, trained.job)
+    except SiteRefusal as refusal:
+        raise UserError(str(refusal)) from None
+    if not samples:
+        raise UserError(f"{path}: no image was found here")
+    return SiteData("predict", path if path.is_dir() else path.parent, max_unreadable=1.0), samples
+
+
+def _predictions(
+    trained: TrainedModel, site: SiteData, samples: Sequence[Sample], unreadable: list[Skipped], progress: Progress
+) -> Iterator[tuple[Sample, Any]]:
+    """Each readable case with its prediction; those that cannot be read are added to ``unreadable``."""
+    task, job = trained.task, trained.job
+    for start in range(0, len(samples), AT_ONCE):
+        progress(start, len(samples))
+        data = load_dataset(samples[start : start + AT_ONCE], site, job)
+        unreadable += data.skipped
+        yield from zip(data.samples, task.predict(trained.model, data, job, trained.device), strict=True)
+        if site.cache:
+            shutil.rmtree(site.cache)
+    progress(len(samples), len(samples))
+
+
+@contextlib.contextmanager
+def filled_whole(out: Path, mark: str, what: str) -> Iterator[Path]:
+    """A folder to fill, whose content moves to ``out`` at the end, ``mark`` last: no file is ever there in part.
+
+    Nothing moves if ``mark`` was not written. An ``out`` that holds ``mark`` is moved aside first.
+
+    Raises:
+        UserError: ``out`` holds anything else, or cannot be written.
+    """
+    fresh_folder(out, mark, what)
+    work = Path(tempfile.mkdtemp(prefix=".writing-", dir=out))
+    try:
+        yield work
+        if (work / mark).is_file():
+            for item in sorted(work.iterdir(), key=lambda item: item.name == mark):
+                if not item.name.startswith("."):
+                    item.rename(out / item.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not any(out.iterdir()):
+            out.rmdir()

@@ -1,0 +1,91 @@
+"""A run folder opened for use: its job, and its network with the weights it ended with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shared import __version__
+from shared.config import Job, load_job
+from shared.errors import UserError
+from shared.tasks import load_task
+from shared.training import pick_device
+from shared.weights import frozen_digest, put
+
+WEIGHTS = {"best": "model.safetensors", "last": "last.safetensors"}
+
+
+class TrainedModel(NamedTuple):
+    """A network ready to predict, on its device; ``facts`` is what its file says of it: job, round, version, model."""
+
+    job: Job
+    task: ModuleType
+    model: nn.Module
+    device: torch.device
+    facts: dict[str, str]
+    file: Path
+
+
+def open_run(run: Path, weights: str = "best", device: str = "auto") -> TrainedModel:
+    """The network of a run folder with its ``best`` or ``last`` weights, on ``device``.
+
+    Raises:
+        UserError: no run folder, no such weights yet, or weights that are not of this job.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights {weights}: must be one of {', '.join(WEIGHTS)}")
+    if not (run / "job.toml").is_file():
+        raise UserError(f"{run}: no run folder, there is no job.toml in it; name the --out of a `consilium simulate`")
+    job = load_job(run / "job.toml")
+    task = load_task(job.task)
+    task.check(job)
+    where = pick_device(job.replace(train__device=device))
+    file = run / WEIGHTS[weights]
+    arrays, facts = _read_weights(file)
+    if facts.get("job") != job.sha256 and facts.get("version") == __version__:
+        raise UserError(f"{file}: was trained by another job than {run / 'job.toml'}, which was changed since")
+    model = _with_weights(job, task, arrays, facts, file)
+    return TrainedModel(job, task, model.to(where).eval(), where, facts, file)
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file written by ``server.store.write_model``, and its facts."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        other = next((name for name, path in WEIGHTS.items() if (file.parent / path).is_file()), None)
+        hint = f"there is --weights {other}" if other else "the run has not finished a round"
+        raise UserError(f"{file}: no such file; {hint}")
+    try:
+        with safe_open(file, "pt") as content:
+            facts = json.loads((content.metadata() or {}).get("consilium", "{}"))
+            return {name: content.get_tensor(name) for name in content.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: not a file of weights ({error})") from None
+
+
+def _with_weights(
+    job: Job, task: ModuleType, arrays: dict[str, Tensor], facts: dict[str, str], file: Path
+) -> nn.Module:
+    """The job's network with ``arrays`` in it.
+
+    Where the backbone was frozen the file holds the head alone: then the backbone is built as it was at the sites,
+    from the same published weights or the same file, and must have the digest that the run noted.
+    """
+    frozen = job.model.freeze == "backbone"
+    model: nn.Module = task.build_model(job if frozen else job.replace(model__weights=""))
+    try:
+        put(model, arrays, job)
+    except ValueError as error:
+        raise UserError(f"{file}: does not fit {job.model.name} of its job: {error}") from None
+    if frozen and facts.get("frozen", "") not in ("", frozen_digest(model, job)):
+        raise UserError(
+            f"{file}: holds the head only, and model.weights = {job.model.weights!r} is not the backbone it was "
+            "trained on"
+        )
+    return model

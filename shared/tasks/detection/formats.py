@@ -1,0 +1,222 @@
+"""Boxes as people keep them: COCO json, Pascal VOC xml, and a CSV with a row per box (images and films).
+
+Every reader gives one ``Sample`` per image, with or without objects. Boxes are taken as they stand, in pixels of the
+image; what is degenerate or outside is found when the image is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from shared.cases import SPLITS, Sample, SiteData
+from shared.config import Job
+from shared.errors import SiteRefusal
+from shared.imaging.errors import UnreadableImage
+from shared.imaging.read import is_image_name
+from shared.imaging.video import frame_count, is_video, is_video_name
+from shared.samples import (
+    Row,
+    class_index,
+    find_images,
+    make_sample,
+    parse_box,
+    parse_frame,
+    parse_split,
+    patient_of,
+    read_rows,
+)
+
+Boxes = list[tuple[int, float, float, float, float]]
+
+#: The frame of a film of which no frame is annotated: it stands for a file that cannot be used.
+NOTHING_ANNOTATED = "none"
+_PLACE = ("x", "y", "width", "height")
+
+
+def read_samples(site: SiteData, job: Job) -> Iterator[Sample]:
+    """All annotated images of a site; see ``shared.samples.read_samples``."""
+    form = site.format if site.format != "auto" else _guess_format(site)
+    return _READERS[form](site, job)
+
+
+def find(path: Path, job: Job) -> list[Sample]:
+    """Every image below a folder, or the one file, as a case without boxes; of a film every frame."""
+    if not path.is_dir():
+        return _frames(path, path.name, job) if is_video(path) else find_images(path, job)
+    films = [film for film in _films(path) if is_video(path / film)]
+    return [*find_images(path, job), *(sample for film in films for sample in _frames(path / film, film, job))]
+
+
+def _frames(path: Path, name: str, job: Job) -> list[Sample]:
+    try:
+        frames = frame_count(path)
+    except UnreadableImage:
+        frames = 1  # decoding says what is wrong
+    return [make_sample(job, name, (), name, "test", frame=k) for k in range(frames)]
+
+
+def _films(root: Path) -> list[str]:
+    """Films below a folder by their names, hidden ones passed over."""
+    names = (path.relative_to(root) for path in sorted(root.rglob("*")) if is_video_name(path) and path.is_file())
+    return [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
+
+
+def _guess_format(site: SiteData) -> str:
+    if site.csv or (site.root / "labels.csv").is_file():
+        return "csv"
+    if (site.root / "annotations.json").is_file():
+        return "coco"
+    if (site.root / "Annotations").is_dir():
+        return "voc"
+    raise SiteRefusal(
+        "no-data", f"{site.root}: holds neither labels.csv, annotations.json nor a folder Annotations; see docs/tasks"
+    )
+
+
+# --- a CSV with a row per box -----------------------------------------------------------------------------------------
+
+
+def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
+    """Columns path, label, x, y, width, height; optional frame, patient, split.
+
+    An image has a row for each object, or one row with an empty label if it has none. Films need the column frame.
+    """
+    table, rows = read_rows(site, ["path", "label", *_PLACE])
+    groups: dict[tuple[str, str], list[tuple[str, Row]]] = {}
+    for line, row in enumerate(rows, start=2):
+        groups.setdefault((row["path"], row.get("frame") or ""), []).append((f"{table} line {line}", row))
+    for (path, frame), members in groups.items():
+        where = members[0][0]
+        if not frame and is_video_name(path):
+            raise SiteRefusal("bad-table", f"{where}: {path} is a film; name the frame, from 0, in the column frame")
+        more = {"frame": parse_frame(frame, where)} if frame else {}
+        patient, split = _agreed("patient", members), parse_split(_agreed("split", members), where)
+        patient = patient or patient_of(site.root / path, path)
+        yield make_sample(job, path, (), patient, split, boxes=tuple(_row_boxes(members, site, job)), **more)
+    named = {path for path, _ in groups}
+    for film in _films(site.root):
+        if film not in named:
+            yield make_sample(job, film, (), film, frame=NOTHING_ANNOTATED)
+
+
+def _agreed(column: str, members: list[tuple[str, Row]]) -> str:
+    """The one value the rows of an image have in a column; '' where the column lacks."""
+    words = {row.get(column) or "" for _, row in members}
+    if len(words) > 1:
+        where, row = members[-1]
+        listed = " and ".join(sorted(map(repr, words)))
+        raise SiteRefusal("bad-table", f"{where}: the rows of {row['path']} say {listed} as {column}; write one")
+    return words.pop()
+
+
+def _row_boxes(members: list[tuple[str, Row]], site: SiteData, job: Job) -> Boxes:
+    boxes: Boxes = []
+    for where, row in members:
+        label, parts = (row["label"] or "").strip(), [row[key] for key in _PLACE]
+        if label:
+            boxes.append((class_index(label, where, site, job.classes), *parse_box(parts, where)))
+        elif any(parts) or len(members) > 1:
+            raise SiteRefusal(
+                "bad-table", f"{where}: an empty label says that {row['path']} shows no object, but a row of it has one"
+            )
+    return boxes
+
+
+# --- COCO -------------------------------------------------------------------------------------------------------------
+
+
+def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
+    """``annotations.json``, images beside it or in the folder ``images``.
+
+    An image may have ``split``, ``patient`` and ``frame`` (of a film). Regions of a crowd are passed over.
+    """
+    path = site.root / "annotations.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        yield from _coco_images(content, path, site, job)
+    except FileNotFoundError:
+        raise SiteRefusal("no-data", f"{path}: no such file") from None
+    except OSError as error:
+        raise SiteRefusal("bad-table", f"{path}: cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SiteRefusal("bad-table", f"{path}: not a COCO file: {error!r}") from None
+
+
+def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator[Sample]:
+    names = {item["id"]: item["name"] for item in content["categories"]}
+    boxes: dict[Any, Boxes] = {item["id"]: [] for item in content["images"]}
+    for item in content["annotations"]:
+        where = f"{path} annotation {item.get('id', '?')}"
+        if item["image_id"] not in boxes:
+            raise SiteRefusal("bad-table", f"{where}: there is no image {item['image_id']!r}")
+        if item["category_id"] not in names:
+            raise SiteRefusal("unknown-label", f"{where}: there is no category {item['category_id']!r}")
+        if not item.get("iscrowd"):
+            kind = class_index(names[item["category_id"]], where, site, job.classes)
+            boxes[item["image_id"]].append((kind, *parse_box(item["bbox"], where)))
+    folder = "images/" if (site.root / "images").is_dir() else ""
+    seen: set[tuple[str, Any]] = set()
+    for image in content["images"]:
+        name, frame = folder + image["file_name"], image.get("frame")
+        where = f"{path} image {name}"
+        if (name, frame) in seen:
+            raise SiteRefusal("bad-table", f"{where}: is listed twice")
+        seen.add((name, frame))
+        if frame is None and is_video_name(name):
+            raise SiteRefusal("bad-table", f"{where}: is a film; give the image a 'frame', a number from 0")
+        more = {} if frame is None else {"frame": parse_frame(str(frame), where)}
+        patient, split = str(image.get("patient") or name), parse_split(image.get("split", ""), where)
+        yield make_sample(job, name, (), patient, split, boxes=tuple(boxes[image["id"]]), **more)
+
+
+# --- Pascal VOC -------------------------------------------------------------------------------------------------------
+
+
+def _from_voc(site: SiteData, job: Job) -> Iterator[Sample]:
+    """``Annotations/*.xml`` and ``JPEGImages``; ``ImageSets/Main/train.txt``, ``val.txt`` and ``test.txt`` if there.
+
+    The pixel in the top left corner is (1, 1), and xmax and ymax belong to the object, as the development kit says.
+    """
+    splits = {stem: split for split in SPLITS for stem in _listed(site.root / "ImageSets" / "Main" / f"{split}.txt")}
+    for path in sorted((site.root / "Annotations").glob("*.xml")):
+        try:
+            root = ElementTree.parse(path).getroot()
+            image = _voc_image(root, path, site)
+            boxes = [_voc_box(item, path, site, job) for item in root.iter("object")]
+        except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
+            raise SiteRefusal("bad-table", f"{path}: not a Pascal VOC file: {error}") from None
+        yield make_sample(
+            job, image, (), patient_of(site.root / image, image), splits.get(path.stem), boxes=tuple(boxes)
+        )
+
+
+def _listed(path: Path) -> list[str]:
+    """The names at the start of each line of an image set; none where there is no such file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [line.split()[0] for line in lines if line.split()]
+
+
+def _voc_image(root: ElementTree.Element, path: Path, site: SiteData) -> str:
+    """The image of an annotation: the file it names, else the one of the annotation's own name."""
+    folder = site.root / "JPEGImages"
+    named = (root.findtext("filename") or "").strip()
+    if named and (folder / named).is_file():
+        return f"JPEGImages/{named}"
+    own = [file for file in sorted(folder.glob(f"{path.stem}.*")) if is_image_name(file)]
+    if not own:
+        raise SiteRefusal("missing-files", f"{path}: its image {named or path.stem!r} is not in {folder}")
+    return f"JPEGImages/{own[0].name}"
+
+
+def _voc_box(item: ElementTree.Element, path: Path, site: SiteData, job: Job) -> tuple[int, float, float, float, float]:
+    name = (item.findtext("name") or "").strip()
+    ends = [(item.findtext(f"bndbox/{key}") or "").strip() for key in ("xmin", "ymin", "xmax", "ymax")]
+    x1, y1, x2, y2 = parse_box(ends, str(path))
+    return class_index(name, str(path), site, job.classes), x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1
+
+
+_READERS = {"csv": _from_csv, "coco": _from_coco, "voc": _from_voc}

@@ -1,0 +1,218 @@
+"""From files to patches: images and masks decoded to one grid, cut, changed at random, normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from shared.cases import Sample, SiteData
+from shared.config import Job
+from shared.imaging.augment import normalise
+from shared.imaging.dataset import Dataset, to_float, to_uint16
+from shared.imaging.errors import UnreadableImage, only_unreadable
+from shared.imaging.harmonise import grey, harmonise
+from shared.imaging.masks import read_mask
+from shared.imaging.read import Picture, read_image
+from shared.imaging.volumes import read_volume
+from shared.tasks.segmentation.layouts import read_samples
+from shared.tasks.segmentation.models import dimensions, patch_size
+from shared.tasks.segmentation.patches import change, cut, margin, middle_start, random_start
+
+__all__ = [
+    "Batch",
+    "assemble",
+    "batch",
+    "decode",
+    "decoded_by",
+    "memory_format",
+    "read_samples",
+    "resample",
+    "whole_image",
+]
+
+_PLACES = 256  # pixels of each class remembered, so that patches can be cut where it is
+
+
+class Batch(NamedTuple):
+    """What a gradient step takes, on the device.
+
+    Normalised images float32 (b, channels, *patch), their masks int64 (b, *patch) of 0 (background) to classes, and the
+    class indices of the whole images.
+    """
+
+    images: Tensor
+    masks: Tensor
+    targets: list[tuple[int, ...]]
+
+
+def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
+    """An image with its mask on the job's grid.
+
+    Returns:
+        ``image`` uint16 (channels, *size); ``mask`` (*size), uint8 of 0 to classes or int32 of object numbers, all 0
+        where the sample has none; ``pixels`` int64 (1 + classes), how many the mask has of each; ``places`` int32 (m,
+        1 + axes), class and position of some foreground pixels; ``statistics`` float32 (2,), mean and sd of the image;
+        ``spacing`` float64 (axes,) in mm on the job's grid, 0 where unknown; ``size`` int64 (axes,) of the file.
+
+    Raises:
+        UnreadableImage: with a code that says why: the image or the mask cannot be read, or they differ in size.
+    """
+    path = site.root / sample.path
+    volume = read_volume(path, job.data.window) if dimensions(job) == 3 else None
+    if volume is None:
+        picture = read_image(path, sample.frame, sample.box, sample.key or None)
+        planes = _planes(harmonise(picture, job.data.harmonise), job.data.channels)
+        spacing = pixel_spacing(path)
+    else:
+        planes, spacing = volume.values[None], np.array(volume.spacing or (0.0, 0.0, 0.0))
+    size = planes.shape[1:]
+    instances = job.data.masks == "instances"
+    mask = np.zeros(size, np.int32)
+    if sample.mask:
+        mask = read_mask(site.root / sample.mask, size, job.classes, site.label_map, instances, volume, path)
+    mask = mask.astype(np.int32 if instances else np.uint8)
+    if job.data.spacing:
+        planes, mask, spacing = resample(planes, mask, spacing, job.data.spacing)
+    return assemble(planes, mask, spacing, size, job)
+
+
+def assemble(
+    planes: np.ndarray, mask: np.ndarray, spacing: np.ndarray, size: Sequence[int], job: Job
+) -> dict[str, np.ndarray]:
+    """The columns of one case (see ``decode``) from its image in [0, 1], its mask, and the size of its file."""
+    classes = np.minimum(mask, 1) if job.data.masks == "instances" else mask
+    return {
+        "image": to_uint16(planes),
+        "mask": mask,
+        "pixels": np.bincount(classes.reshape(-1), minlength=1 + len(job.classes)),
+        "places": _places(classes, len(job.classes)),
+        "statistics": np.array([planes.mean(dtype=np.float64), planes.std(dtype=np.float64)], np.float32),
+        "spacing": spacing,
+        "size": np.array(size, np.int64),
+    }
+
+
+def decoded_by(job: Job) -> str:
+    """What ``decode`` depends on."""
+    data = job.data
+    return f"{dimensions(job)} {data.channels} {data.window} {data.spacing} {data.masks} {data.classes} {data.harmonise}"
+
+
+def _planes(picture: Picture, channels: int) -> np.ndarray:
+    """(channels, H, W) of (H, W) or (H, W, 3): colour becomes grey, or grey is repeated."""
+    if channels == 1:
+        return grey(picture)[None]
+    return np.moveaxis(picture, -1, 0) if picture.ndim == 3 else np.repeat(picture[None], channels, 0)
+
+
+def pixel_spacing(path: Path) -> np.ndarray:
+    """(row, column) spacing of a DICOM picture in mm, float64; zeros where it says none, and of every other file.
+
+    PixelSpacing only: ImagerPixelSpacing is measured at the detector, not in the patient (PS3.3 10.7.1.3).
+    """
+    try:
+        found = _pixel_spacing(path)
+    except UnreadableImage:
+        found = ()
+    return np.array(found if len(found) == 2 and min(found) > 0 else (0.0, 0.0))
+
+
+@only_unreadable
+def _pixel_spacing(path: Path) -> tuple[float, ...]:
+    with path.open("rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return ()
+    from pydicom import dcmread
+
+    return tuple(map(float, dcmread(path, stop_before_pixels=True, specific_tags=["PixelSpacing"]).PixelSpacing))
+
+
+def resample(
+    planes: np.ndarray, mask: np.ndarray, spacing: np.ndarray, wanted: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An image (channels, *size) linearly, its mask (*size) by nearest neighbour, to ``wanted`` mm along every axis.
+
+    An image that shrinks is smoothed first. The new spacing is that of whole pixels, so not quite ``wanted``.
+
+    Raises:
+        UnreadableImage: "no-spacing" where the spacing is not known.
+    """
+    if not spacing.all():
+        raise UnreadableImage("no-spacing", "data.spacing asks for mm, the file does not say how large a pixel is")
+    size = [max(1, round(side * mm / wanted)) for side, mm in zip(mask.shape, spacing, strict=True)]
+    shrinks = [old / new for old, new in zip(mask.shape, size, strict=True)]
+    if max(shrinks) > 1:
+        from scipy.ndimage import gaussian_filter
+
+        sigma = [0.0, *(max(0.0, (factor - 1) / 2) for factor in shrinks)]
+        planes = gaussian_filter(planes, sigma, mode="nearest")
+    mode = "bilinear" if mask.ndim == 2 else "trilinear"
+    image = interpolate(torch.from_numpy(np.ascontiguousarray(planes))[None], size, mode=mode, align_corners=False)
+    # As float64, which holds every object's number.
+    labels = interpolate(torch.from_numpy(mask.astype(np.float64))[None, None], size, mode="nearest-exact")
+    return image[0].clamp(0, 1).numpy(), labels[0, 0].numpy().astype(mask.dtype), spacing * np.array(shrinks)
+
+
+def _places(classes: np.ndarray, count: int) -> np.ndarray:
+    """Up to ``_PLACES`` pixels of each class, evenly picked in the order of the array: int32 (m, 1 + axes)."""
+    found = []
+    for number in range(1, count + 1):
+        flat = np.flatnonzero(classes == number)
+        flat = flat[np.linspace(0, len(flat) - 1, min(len(flat), _PLACES)).astype(np.int64)]
+        where = np.unravel_index(flat, classes.shape)
+        found.append(np.stack([np.full(len(flat), number), *where], 1))
+    return np.concatenate(found).astype(np.int32)
+
+
+def memory_format(images: Tensor) -> torch.memory_format:
+    """Channels last, as the weights lie."""
+    return torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+
+
+def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device, train: bool) -> Batch:
+    """One patch of each image: changed at random to train on, else the middle as it is."""
+    images, masks = zip(*(_patch(data, index, job, train) for index in indices), strict=True)
+    stacked = torch.stack(images)
+    return Batch(
+        stacked.to(device, memory_format=memory_format(stacked)),
+        torch.stack(masks).to(device),
+        [data.samples[index].target for index in indices],
+    )
+
+
+def _patch(data: Dataset, index: int, job: Job, train: bool) -> tuple[Tensor, Tensor]:
+    """A normalised patch float32 (channels, *patch) and its mask int64 (*patch)."""
+    image, mask = data.columns["image"][index], data.columns["mask"][index]
+    patch = patch_size(job)
+    start = random_start(mask.shape, patch, data.columns["places"][index]) if train else middle_start(mask.shape, patch)
+    extra = margin(job, patch) if train else [0] * len(patch)
+    start = [first - more for first, more in zip(start, extra, strict=True)]
+    sides = [side + 2 * more for side, more in zip(patch, extra, strict=True)]
+    pixels = to_float(cut(image, start, sides))
+    wanted = torch.from_numpy(cut(mask, start, sides).astype(np.int64))
+    if job.data.masks == "instances":
+        wanted = wanted.clamp(max=1)
+    if train:
+        pixels, wanted = change(pixels, wanted, job)
+    inner = tuple(slice(more, more + side) for more, side in zip(extra, patch, strict=True))
+    return _normalised(pixels[(..., *inner)], data.columns["statistics"][index], job), wanted[inner]
+
+
+def whole_image(data: Dataset, index: int, job: Job) -> Tensor:
+    """A whole image, normalised: float32 (channels, *size)."""
+    return _normalised(to_float(data.columns["image"][index]), data.columns["statistics"][index], job)
+
+
+def _normalised(pixels: Tensor, statistics: np.ndarray, job: Job) -> Tensor:
+    """An image or a part of it; by the mean and sd of the whole image where the job says ``image``."""
+    if job.data.normalise == "image":
+        mean, sd = map(float, statistics)
+        return (pixels - mean) / (sd + 1e-3)
+    return normalise(pixels[None], job)[0]
+

@@ -1,0 +1,137 @@
+"""Masks of new images, and the files they are written to: PNG, NIfTI or DICOM SEG, as the image was."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.functional import interpolate
+
+from shared.cases import Sample, SiteData
+from shared.config import Job
+from shared.imaging.dataset import Dataset
+from shared.imaging.dicom import dicom_frame_count
+from shared.imaging.masks import write_nifti, write_segmentation
+from shared.imaging.nifti import is_nifti_name
+from shared.imaging.volumes import is_volume, source_files
+from shared.samples import find_images, make_sample
+from shared.tasks.segmentation.layouts import stem
+from shared.tasks.segmentation.learning import outcomes
+from shared.tasks.segmentation.measures import find_objects
+from shared.tasks.segmentation.models import dimensions
+
+
+class Prediction(NamedTuple):
+    """The mask of one image on the file's own grid and, if the job has labels of whole images, the share of each.
+
+    ``mask`` is int32 (*size): 0 background, k for the k-th class, or objects numbered from 1.
+    """
+
+    mask: np.ndarray
+    shares: tuple[float, ...]
+
+
+def predict(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> Iterator[Prediction]:
+    """The prediction of each image, in order."""
+    for index, (logits, of_image) in enumerate(outcomes(model, data, job, device)):
+        size = data.columns["size"][index].tolist()
+        if list(logits.shape[1:]) != size:  # the job resamples: back to where the file's pixels are
+            mode = "bilinear" if len(size) == 2 else "trilinear"
+            logits = interpolate(logits[None], size, mode=mode, align_corners=False)[0]
+        mask = logits.argmax(0).numpy().astype(np.int32)
+        if job.data.masks == "instances":
+            mask = find_objects(mask > 0)
+        yield Prediction(mask, () if of_image is None else tuple(of_image.double().softmax(0).tolist()))
+
+
+def find(path: Path, job: Job) -> list[Sample]:
+    """The unlabelled cases in a file or folder: pictures for a 2D network, volumes (NIfTI, DICOM series) for a 3D one.
+
+    Paths are relative to the folder, or to that of the file.
+    """
+    if dimensions(job) == 2:
+        return find_images(path, job)
+    if not path.is_dir() or is_volume(path):
+        return [make_sample(job, path.name if path.is_file() else ".", (), path.name, "test")]
+    return [make_sample(job, name, (), name, "test") for name in _volumes_below(path, path)]
+
+
+def _volumes_below(folder: Path, root: Path) -> Iterator[str]:
+    """Volumes in a folder and the folders in it, hidden ones passed over; a series' slices are not looked at singly."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if is_volume(path):
+            yield path.relative_to(root).as_posix()
+        elif path.is_dir():
+            yield from _volumes_below(path, root)
+
+
+def write(predictions: Iterable[tuple[Sample, Prediction]], site: SiteData, job: Job, out: Path) -> list[Path]:
+    """Write each mask under the path of its image below ``out``; gives the files written.
+
+    NIfTI gives NIfTI on the same grid; a DICOM picture or series gives a DICOM SEG of the classes; any other picture,
+    and one frame of many, a PNG of 8 bits, or 16 where there are more than 255 objects. A DICOM picture whose objects
+    are numbered gives that PNG too: the SEG has their class only. The class of each whole image goes to ``labels.csv``.
+    """
+    written: list[Path] = []
+    taken: set[Path] = set()
+    table: list[list[object]] = []
+    for sample, prediction in predictions:
+        written += _write_mask(sample, prediction.mask, site, job, out, taken)
+        if prediction.shares:
+            best = job.labels[int(np.argmax(prediction.shares))]
+            table.append([sample.path, best, *(f"{share:.6f}" for share in prediction.shares)])
+    if table:
+        written.append(out / "labels.csv")
+        # A file name may hold bytes that are no UTF-8: they go out as they came in.
+        with written[-1].open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["path", "label", *(f"probability:{name}" for name in job.labels)])
+            rows.writerows(table)
+    return written
+
+
+def _write_mask(sample: Sample, mask: np.ndarray, site: SiteData, job: Job, out: Path, taken: set[Path]) -> list[Path]:
+    source = site.root / sample.path
+    target = out / (sample.path if sample.path != "." else source.resolve().name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_nifti_name(source):
+        file = _free(target, ".nii.gz", taken)
+        write_nifti(mask, np.eye(4), file, like=source)
+        return [file]
+    dicom = _frames_of_dicom(source)
+    written: list[Path] = []
+    if dicom == 1 or mask.ndim == 3:
+        written.append(_free(target, ".dcm", taken))
+        write_segmentation(np.minimum(mask, len(job.classes)), job.classes, source_files(source), written[-1])
+    if mask.ndim == 2 and (not written or job.data.masks == "instances"):
+        written.append(_free(target, ".png", taken))
+        Image.fromarray(mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)).save(written[-1])
+    return written
+
+
+def _frames_of_dicom(path: Path) -> int:
+    """Frames of a DICOM file, slices of a series; 0 for any other file."""
+    if path.is_dir():
+        return len(source_files(path))
+    with path.open("rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return 0
+    return dicom_frame_count(path)
+
+
+def _free(target: Path, suffix: str, taken: set[Path]) -> Path:
+    """A file name not given before: the image's with another suffix, else with that added, else with a number."""
+    plain = target.with_name(stem(target.name))
+    names = [f"{plain.name}{suffix}", f"{target.name}{suffix}"]
+    names += [f"{target.name}-{number}{suffix}" for number in range(2, len(taken) + 3)]
+    file = next(target.with_name(name) for name in names if target.with_name(name) not in taken)
+    taken.add(file)
+    return file
