@@ -127,6 +127,8 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     if job.train.keep_optimizer:
         moments.save(round_, trained.moments)
     metrics: Sums = {"num-examples": len(data), "steps": trained.steps, "images": trained.images, "loss": trained.loss}
+    if len(trained.losses) > 1:
+        metrics["losses"] = list(trained.losses)  # of each part of the model
     return RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,11 +57,29 @@ def _enlarged(coarse: Tensor, k: int, height: int, width: int) -> Tensor:
 def cam_layer(model: nn.Module, case: Explainable) -> tuple[str, nn.Module]:
     """The last layer that gives a map of the coarsest size that is at least ``COARSEST`` each way, and its name.
 
-    In a classifier it is the last one before pooling, in a U-Net the bottom. The finest, if all are coarser. Layers
-    that run several times in one pass are passed over: their maps would be mixed up.
+    In a classifier it is the last one before pooling, in a U-Net the bottom. The finest, if all are coarser.
 
     Raises:
         UserError: no layer gives a map.
+    """
+    maps = _maps(model, case)
+    if not maps:
+        raise UserError("--method gradcam: no layer of this network gives a map of the case; try integrated-gradients")
+    fine = {name: size for name, size in maps.items() if min(size[-2:]) >= COARSEST}
+    wanted = min(map(math.prod, fine.values())) if fine else max(map(math.prod, maps.values()))
+    last = [name for name, size in (fine or maps).items() if math.prod(size) == wanted][-1]
+    return last, model.get_submodule(last)
+
+
+def has_maps(model: nn.Module, case: Explainable) -> bool:
+    """Whether Grad-CAM can be had of this network."""
+    return bool(_maps(model, case))
+
+
+def _maps(model: nn.Module, case: Explainable) -> dict[str, tuple[int, ...]]:
+    """The size of the map of each layer that gives one, in the order in which they are done.
+
+    Layers that run several times in one pass are passed over, since their maps would be mixed up; so is the head.
     """
     calls: list[tuple[str, tuple[int, ...]]] = []
 
@@ -82,48 +101,47 @@ def cam_layer(model: nn.Module, case: Explainable) -> tuple[str, nn.Module]:
         for hook in hooks:
             hook.remove()
     times = Counter(name for name, _ in calls)
-    maps = {
-        name: shape[2:] for name, shape in calls if times[name] == 1 and len(shape) in (4, 5) and min(shape[2:]) > 1
-    }
-    if not maps:
-        raise UserError("--method gradcam: this network has no layer that gives a map; try integrated-gradients")
-    fine = {name: size for name, size in maps.items() if min(size[-2:]) >= COARSEST}
-    wanted = min(map(np.prod, fine.values())) if fine else max(map(np.prod, maps.values()))
-    last = [name for name, size in (fine or maps).items() if np.prod(size) == wanted][-1]
-    return last, model.get_submodule(last)
+    maps = {name: shape[2:] for name, shape in calls if times[name] == 1 and len(shape) in (4, 5)}
+    return {name: size for name, size in maps.items() if min(size) > 1}
 
 
 def integrated_gradients(model: nn.Module, case: Explainable) -> Attribution:
-    """Integrated gradients (Sundararajan, Taly & Yan, ICML 2017) from a black picture.
+    """Integrated gradients (Sundararajan, Taly & Yan, ICML 2017) from a black picture, or from the case's own blank.
 
     The attributions of all pixels add up to the difference between the score of the picture and of the black one.
     """
     from captum.attr import IntegratedGradients
 
     method = IntegratedGradients(case.score)
-    found = method.attribute(case.inputs, darkest(case.inputs), n_steps=STEPS, internal_batch_size=_at_once(case))
-    return Attribution(_planes(case, found), "integrated gradients from black", signed=True)
+    found = method.attribute(case.inputs, nothing_there(case), n_steps=STEPS, internal_batch_size=_at_once(case))
+    return Attribution(_planes(case, found), f"integrated gradients from {_blank(case)}", signed=True)
 
 
 def occlusion(model: nn.Module, case: Explainable) -> Attribution:
-    """How much the score falls when a window of the picture is blacked out (Zeiler & Fergus, ECCV 2014)."""
+    """How much the score falls when a window is covered by ``nothing_there`` (Zeiler & Fergus, ECCV 2014)."""
     from captum.attr import Occlusion
 
     strides = tuple(max(1, side // 2) if place else side for place, side in enumerate(case.window))
     found = Occlusion(case.score).attribute(
-        case.inputs, case.window, strides, darkest(case.inputs), perturbations_per_eval=_at_once(case)
+        case.inputs, case.window, strides, nothing_there(case), perturbations_per_eval=_at_once(case)
     )
-    size = " x ".join(map(str, case.window[-2:]))
-    return Attribution(_planes(case, found), f"occlusion by windows of {size} pixels", signed=True)
+    size = " x ".join(map(str, case.window))
+    return Attribution(_planes(case, found), f"occlusion: windows of {size} set to {_blank(case)}", signed=True)
+
+
+def _blank(case: Explainable) -> str:
+    return "black" if case.blank is None else "the median"
 
 
 def _at_once(case: Explainable) -> int:
     return max(1, min(AT_ONCE, NUMBERS // case.inputs.numel()))
 
 
-def darkest(inputs: Tensor) -> Tensor:
-    """A picture of the darkest value of each case and channel: black, whatever the normalisation."""
-    return inputs.amin((-2, -1), keepdim=True).expand_as(inputs)
+def nothing_there(case: Explainable) -> Tensor:
+    """What a case is compared with: its own blank, or its darkest value, which is black however it is normalised."""
+    if case.blank is not None:
+        return case.blank
+    return case.inputs.amin((-2, -1), keepdim=True).expand_as(case.inputs)
 
 
 def _planes(case: Explainable, values: Any) -> np.ndarray:

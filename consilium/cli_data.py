@@ -33,11 +33,12 @@ def cohort_make(directory: Path, kind: str, sites: int | None, patients: int | N
 
     if kind not in COHORTS:
         raise UserError(f"--kind {kind}: must be one of {', '.join(COHORTS)}{nearest(kind, COHORTS)}")
-    given = {"sites": sites, "patients": patients}
+    from consilium.progress import counting
+
+    given = {key: value for key, value in {"sites": sites, "patients": patients}.items() if value is not None}
     try:
-        made = import_module(COHORTS[kind]).make(
-            directory, seed=seed, **{key: value for key, value in given.items() if value is not None}
-        )
+        with counting("drawing patients") as progress:
+            made = import_module(COHORTS[kind]).make(directory, seed=seed, progress=progress, **given)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     for folder in made:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -29,9 +27,10 @@ def predict(run: Path, path: Path, out: Path, weights: str, device: str) -> None
     read is named. Exit code 0: done. Exit code 1: not one image could be read. Exit code 2: the question was wrong.
     """
     from consilium.predict import predict as predict_all
+    from consilium.progress import counting
     from shared.imaging.errors import CODES
 
-    with _progress("predicting") as progress:
+    with counting("predicting") as progress:
         done = predict_all(run, path, out, weights, device, progress)
     for item in done.unreadable:
         click.echo(f"cannot be read: {item.path}: {CODES[item.code]} ({item.code})")
@@ -46,12 +45,16 @@ def predict(run: Path, path: Path, out: Path, weights: str, device: str) -> None
 @click.option("--count", type=click.IntRange(1), required=True, help="How many images.")
 @click.option("--out", type=Path, required=True, help="New or empty folder for the images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same images.")
-def generate(run: Path, count: int, out: Path, seed: int) -> None:
+@_weights
+@_device
+def generate(run: Path, count: int, out: Path, seed: int, weights: str, device: str) -> None:
     """Invent images with the generator of the run folder RUN."""
     from consilium.generate import generate_images
+    from consilium.progress import counting
 
-    files = generate_images(run, count, out, seed)
-    click.echo(f"{len(files)} files in {out}")
+    with counting("drawing") as progress:
+        files = generate_images(run, count, out, seed, weights, device, progress)
+    click.echo(f"{len(files)} invented images in {out}")
 
 
 @click.command(short_help="Draw what a model looked at in an image.")
@@ -73,20 +76,3 @@ def explain(run: Path, image: Path, method: str, name: str, out: Path, weights: 
     for line in drawn.caption:
         click.echo(line)
     click.echo(drawn.file)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(what, total=None)
-
-        def show(done: int, of: int) -> None:
-            bars.update(bar, completed=done, total=of)
-
-        yield show

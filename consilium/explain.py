@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from consilium.attribution import METHODS, attribute
+from consilium.attribution import METHODS, attribute, has_maps
 from consilium.overlay import overlay, save, titled
 from consilium.predict import find_cases
 from consilium.trained import TrainedModel, open_run
@@ -40,7 +40,8 @@ def explain(
     """Write a picture of why the model of ``run`` says what it says of ``image``.
 
     Classifiers and segmenters: what the score of class ``name``, or of the likeliest, depends on, by ``method``, one of
-    METHODS, Grad-CAM if none is named. Detectors: the boxes found. ``out`` is a PNG file, or a folder for one.
+    METHODS; if none is named Grad-CAM, or integrated gradients where no layer gives maps. Detectors: the boxes found.
+    ``out`` is a PNG file, or a folder for one.
 
     Raises:
         UserError: no run, an image that cannot be read, a class or method there is not.
@@ -51,7 +52,7 @@ def explain(
     data = decode_one(trained, image)
     caption = [f"{image.name}: {trained.job.model.name} of the job {trained.job.name}"]
     if hasattr(trained.task, "explainable"):
-        sheet, label = _attributed(trained, data, method or "gradcam", name, caption)
+        sheet, label = _attributed(trained, data, method, name, caption)
     elif hasattr(trained.task, "draw"):
         if method or name:
             raise UserError(f"a {trained.job.task} model shows what it found: leave --method and --class out")
@@ -64,15 +65,18 @@ def explain(
 
 
 def decode_one(trained: TrainedModel, image: Path) -> Dataset:
-    """The first case in a file or folder, as the model sees it.
+    """The one case in a file or folder, as the model sees it; of a film in which each frame is one, the middle frame.
 
     Raises:
-        UserError: it cannot be read, and why.
+        UserError: it cannot be read, and why; or there are several.
     """
     site, samples = find_cases(trained, image)
+    paths = {sample.path for sample in samples}
+    if len(paths) > 1:
+        raise UserError(f"{image}: holds {len(paths)} cases; name one of them")
     with tempfile.TemporaryDirectory(prefix="consilium-") as cache:
         # Nothing is read later from the files that go: a mapped file lives as long as its mapping.
-        data = load_dataset(samples[:1], dataclasses.replace(site, cache=Path(cache)), trained.job)
+        data = load_dataset([samples[len(samples) // 2]], dataclasses.replace(site, cache=Path(cache)), trained.job)
     if not len(data):
         code = data.skipped[0].code
         raise UserError(f"{image}: cannot be read: {CODES[code]} ({code})")
@@ -84,6 +88,7 @@ def _attributed(
 ) -> tuple[Image.Image, str]:
     """The sheet of an attribution and a label for its file; completes the caption."""
     case = trained.task.explainable(trained.model, data, trained.job, trained.device, name)
+    method = method or ("gradcam" if has_maps(trained.model, case) else "integrated-gradients")
     found = attribute(trained.model, case, method)
     caption.append(f"{case.label}: {case.value:.3f}{case.where}. {found.how[0].upper()}{found.how[1:]}.")
     if not np.any(found.maps):

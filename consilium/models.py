@@ -44,8 +44,11 @@ def rows(tasks: Iterable[str] = TASKS) -> Iterator[Row]:
 
 
 def input_shape(job: Job) -> str:
-    """The shape of one case as it enters the network, such as ``1 × 64 × 64``; of several inputs, joined by ``+``."""
-    inputs = load_task(job.task).example(job)
+    """The shape of one case as it enters the network, such as ``1 × 64 × 64``; of several inputs, joined by ``+``.
+
+    Where sizes are the case's own, that of an example. Numbers beside (lengths) are left out.
+    """
+    inputs = [value for value in load_task(job.task).example(job) if value.ndim > 1]
     return " + ".join(" × ".join(map(str, value.shape[1:])) for value in inputs)
 
 

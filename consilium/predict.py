@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from consilium.trained import TrainedModel, open_run
+from consilium.trained import TrainedModel, facts_of, open_run
 from server.store import fresh_folder, write_json
-from shared import __version__
 from shared.cases import Sample, SiteData
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Skipped, load_dataset
@@ -56,22 +54,9 @@ def predict(
         files = trained.task.write(found, site, trained.job, work)
         result = Predicted(len(samples) - len(unreadable), unreadable, [out / file.relative_to(work) for file in files])
         if result.cases:
-            write_json(work / MARK, _facts(trained, run, weights, result))
+            facts = {"cases": result.cases, "unreadable": [vars(item) for item in unreadable]}
+            write_json(work / MARK, facts_of(trained) | facts)
     return result
-
-
-def _facts(trained: TrainedModel, run: Path, weights: str, result: Predicted) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "run": str(run.resolve()),
-        "weights": weights,
-        "round": int(trained.facts.get("round", 0)),
-        "task": trained.job.task,
-        "model": trained.job.model.name,
-        "job_sha256": trained.job.sha256,
-        "cases": result.cases,
-        "unreadable": [vars(item) for item in result.unreadable],
-    }
 
 
 def find_cases(trained: TrainedModel, path: Path) -> tuple[SiteData, list[Sample]]:
@@ -116,13 +101,18 @@ def filled_whole(out: Path, mark: str, what: str) -> Iterator[Path]:
         UserError: ``out`` holds anything else, or cannot be written.
     """
     fresh_folder(out, mark, what)
-    work = Path(tempfile.mkdtemp(prefix=".writing-", dir=out))
+    work = out / ".writing"
     try:
+        work.mkdir()
         yield work
         if (work / mark).is_file():
             for item in sorted(work.iterdir(), key=lambda item: item.name == mark):
                 if not item.name.startswith("."):
                     item.rename(out / item.name)
+    except OSError as error:  # a full disk
+        raise UserError(f"--out {out}: cannot write there: {error.strerror or error}") from None
+    except SiteRefusal as refusal:
+        raise UserError(str(refusal)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if not any(out.iterdir()):

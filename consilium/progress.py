@@ -29,6 +29,20 @@ def showing(job: Job, wanted: bool = True, console: Console | None = None) -> It
         yield _Lines(job, console)
 
 
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that hears (done, of all), on a terminal; nothing elsewhere."""
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(what, total=None)
+
+        def show(done: int, of: int) -> None:
+            bars.update(bar, completed=done, total=of)
+
+        yield show
+
+
 class _Facts:
     """The last known figures of each run, from its events."""
 

@@ -10,45 +10,66 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from server.record import value_of
+from server.wording import metric_name
+from shared.tasks import TASKS
 from simulations.result import Result
+
+Rows = dict[str, dict[str, Any]]
+NAME, MOST = (
+    24,
+    4,
+)  # at least so wide is the column of names, if a name asks for it; at most so many metrics stand beside
 
 
 def print_result(result: Result) -> None:
     """Print each model's test figures over all sites, then the federated model's per site, and where the report is."""
-    scores = result.scores
+    scores, job = result.scores, result.job
     federated = scores["federated"]
     models = {"federated": federated}
     models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
     models |= {f"only {name}": row for name, row in scores.get("local", {}).items()}
-    tested = federated.get("images", 0)
-    metrics = [name for name in federated.get("intervals", {}) if ":" not in name and name not in ("loss", "accuracy")]
     console = Console()
-    if not tested:
+    if not federated.get("images", 0):
         console.print("no test image at any site: there is no test figure", highlight=False)
     else:
-        console.print(_table("model", escape(f"{scores['job']['name']}: all sites' test images"), metrics, models))
-        console.print(_table("site", "the federated model at each site", metrics, federated["sites"]))
+        known = dict.fromkeys([job.best_metric, *TASKS[job.task].metrics])
+        metrics = [name for name in known if name in federated["n"]]
+        shown = _fitting(metrics, [models, federated["sites"]], console.width)
+        case = TASKS[job.task].case
+        console.print(_table("model", escape(f"{job.name}: all sites' test {case}s"), case, shown, models))
+        console.print(_table("site", "the federated model at each site", case, shown, federated["sites"]))
         note = f"95 % intervals in brackets; each model took {federated['gradient_steps']} gradient steps"
-        console.print(note if len(models) > 1 else note.replace("each", "the"), highlight=False)
+        note = note if len(models) > 1 else note.replace("each", "the")
+        less = [metric_name(name) for name in shown if TASKS[job.task].metrics[name] < 0]
+        note += f"; less is better: {', '.join(less)}" if less else ""
+        console.print(note + ("; more metrics in the report" if len(shown) < len(metrics) else ""), highlight=False)
     for (site, reason), count in Counter((item["site"], item["reason"]) for item in federated["dropped"]).items():
         console.print(f"not used: {site}, {count} times: {reason}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(what: str, title: str, metrics: list[str], rows: dict[str, dict[str, Any]]) -> Table:
+def _fitting(metrics: list[str], tables: list[Rows], width: int) -> list[str]:
+    """As many of the metrics, from the first, as fit side by side; at least one."""
+    names = max((len(name) for rows in tables for name in rows), default=0)
+    left = width - min(max(names, len("model")), NAME) - len("sequences") - 4
+    shown: list[str] = []
+    for metric in metrics[:MOST]:
+        cells = [value_of(row, metric) for rows in tables for row in rows.values()]
+        left -= max(map(len, [metric_name(metric), *cells])) + 2
+        if shown and left < 0:
+            break
+        shown.append(metric)
+    return shown
+
+
+def _table(what: str, title: str, case: str, metrics: list[str], rows: Rows) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(what, overflow="fold")
     for metric in metrics:
-        table.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
-    table.add_column("images", justify="right", no_wrap=True)
+        table.add_column(escape(metric_name(metric)), justify="right", no_wrap=True)
+    table.add_column(f"{case}s", justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(escape(name), *(_cell(row, metric) for metric in metrics), str(row.get("images", 0)))
+        cells = [escape(value_of(row, metric)) for metric in metrics]
+        table.add_row(escape(name), *cells, f"{row.get('images', 0):,}")
     return table
-
-
-def _cell(row: dict[str, Any], metric: str) -> str:
-    value = row.get(metric)
-    if value is None:
-        return "–"
-    low, high = row["intervals"][metric]
-    return f"{value:.3f} ({low:.3f}–{high:.3f})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,18 @@ def open_run(run: Path, weights: str = "best", device: str = "auto") -> TrainedM
         raise UserError(f"{file}: was trained by another job than {run / 'job.toml'}, which was changed since")
     model = _with_weights(job, task, arrays, facts, file)
     return TrainedModel(job, task, model.to(where).eval(), where, facts, file)
+
+
+def facts_of(trained: TrainedModel) -> dict[str, Any]:
+    """Which model it is, of which round of which job: for what stands beside everything made with it."""
+    return {
+        "version": __version__,
+        "weights": str(trained.file.resolve()),
+        "round": int(trained.facts.get("round", 0)),
+        "task": trained.job.task,
+        "model": trained.job.model.name,
+        "job_sha256": trained.job.sha256,
+    }
 
 
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -34,13 +34,14 @@ class Dropped(Exception):
 
 
 class Update(NamedTuple):
-    """A reply in order: its weight in the mean, its arrays, and the site's numbers."""
+    """A reply in order: its weight in the mean, its arrays, and the site's numbers; ``losses`` are those of parts."""
 
     weight: float
     arrays: dict[str, Tensor]
     steps: int
     images: int
     loss: float
+    losses: list[float]
 
 
 def status(reply: Message | None) -> Mapping[str, object]:
@@ -130,7 +131,8 @@ def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surv
         if change > job.federation.max_update_norm:
             raise Dropped("too-far")
     weight = float(examples) if job.federation.weighting == "examples" else 1.0
-    return Update(weight, arrays, _count(metrics, "steps"), _count(metrics, "images"), _number(metrics, "loss"))
+    numbers = _count(metrics, "steps"), _count(metrics, "images"), _number(metrics, "loss"), _numbers(metrics, "losses")
+    return Update(weight, arrays, *numbers)
 
 
 def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,6 +162,11 @@ def _count(metrics: Mapping[str, object], key: str) -> int:
 def _number(metrics: Mapping[str, object], key: str) -> float:
     value = metrics.get(key, math.nan)
     return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _numbers(metrics: Mapping[str, object], key: str) -> list[float]:
+    value = metrics.get(key, [])
+    return [float(item) for item in value[:16]] if isinstance(value, list) else []
 
 
 def admit_sums(reply: Message | None, template: Sums, task: ModuleType, job: Job, surveyed: int) -> Sums:

@@ -5,14 +5,19 @@ Nothing is computed with a model here: counts and histograms are the sums that t
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
-from server.record import FEDERATED, ONLY, POOLED, SERVER, Record, has, metric_name, with_interval
+from server.record import FEDERATED, ONLY, POOLED, SERVER, Record, has, value_of
 from server.report_style import BLUE, GREEN, GREY, RED, SERIES, fit, new_figure, plain
+from server.wording import metric_name, with_interval, wording
+from shared.config import Job
 from shared.intervals import Estimate, proportion
+from shared.tasks import Sums
 from shared.tasks.classification.metrics import area_from_histograms, confusion_matrix, histograms, roc_points
 
 FOLD = 15  # more single-site models than this are shown by the best, the middle and the worst
@@ -35,23 +40,26 @@ def forest(record: Record) -> go.Figure | None:
     if not has(own, metric):
         return None
     models, left_out = _model_rows(record)
-    rows = [Row("<b>all sites’ test images</b>", {}, ""), *models]
+    rows = [Row(f"<b>all sites’ test {record.case}s</b>", {}, ""), *models]
     rows += [Row("<b>federated model at</b>", {}, ""), *_place_rows(record)]
     title = metric_name(metric, True)
-    caption = f"{title} on test images with 95 % intervals. Dotted: the federated model on all sites’ test images."
-    caption += left_out
-    alt = f"{title} on the test images of all sites. " + "; ".join(
-        f"{name} {with_interval(scores[metric], *scores['intervals'][metric])}" for name, scores, _ in models
+    cases = f"test {record.case}s"
+    caption = f"{title} on {cases} with 95 % intervals. Dotted: the federated model on all sites’ {cases}."
+    caption += (" Less is better." if record.sign < 0 else "") + left_out
+    alt = f"{title} on the {cases} of all sites. " + "; ".join(
+        f"{name} {value_of(scores, metric)}" for name, scores, _ in models
     )
     figure = new_figure(70 + 26 * len(rows), caption, alt)
     figure.add_vline(x=own[metric], line={"color": BLUE, "width": 1, "dash": "dot"})
     for place, row in enumerate(rows):
         if row.scores:
-            _add_estimate(figure, place, row, metric)
+            add_estimate(figure, place, row, metric, record.case)
     labels = [plain(row.label) if row.scores else row.label for row in rows]
     ends = [len(rows) - 0.4, -0.6]
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, range=ends, showgrid=False, zeroline=False)
-    fit(figure, (end for row in rows if row.scores for end in row.scores["intervals"][metric]), "xaxis")
+    scored = [row.scores for row in rows if row.scores]
+    values = [value for scores in scored for value in (scores[metric], *scores["intervals"][metric])]
+    fit(figure, values, "xaxis", wording(metric).figures)
     figure.update_xaxes(title=f"{title}, test", nticks=7)
     return figure
 
@@ -75,32 +83,46 @@ def _place_rows(record: Record) -> list[Row]:
     return rows + ([Row(SERVER, own["server"], RED)] if has(own.get("server", {}), metric) else [])
 
 
-def _add_estimate(figure: go.Figure, place: int, row: Row, metric: str) -> None:
-    """A square with its interval."""
+def add_estimate(figure: go.Figure, place: float, row: Row, metric: str, case: str, **look: Any) -> None:
+    """A square with its interval, if it has one."""
     value, (low, high) = row.scores[metric], row.scores["intervals"][metric]
-    reach = {"type": "data", "symmetric": False, "array": [high - value], "arrayminus": [value - low]}
-    reach |= {"color": row.colour, "thickness": 2, "width": 4}
-    about = f"{with_interval(value, low, high)}, {row.scores['n'][metric]:,} images"
+    n, cases = row.scores["n"][metric], row.scores["images"]
+    about = f"{value_of(row.scores, metric)}, {cases:,} {case}s" + ("" if n == cases else f", n {n:,}")
+    reach: dict[str, Any] = {"color": row.colour, "thickness": 2, "width": 4}
+    if low is not None and high is not None:
+        reach |= {"type": "data", "symmetric": False, "array": [high - value], "arrayminus": [value - low]}
     figure.add_scatter(
-        x=[value], y=[place], error_x=reach, mode="markers", showlegend=False,
+        x=[value], y=[place], error_x=reach, mode="markers",
         marker={"color": row.colour, "size": 10, "symbol": "square"},
-        hovertemplate=f"{plain(row.label, 40)}<br>{about}<extra></extra>",
+        hovertemplate=f"{plain(row.label, 40)}<br>{about}<extra></extra>", **{"showlegend": False} | look,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- what was taken for what
 
 
-def confusion(record: Record) -> go.Figure | None:
+def _classifier(record: Record, prefix: str) -> tuple[Sums, Job]:
+    """The sums under keys that start with ``prefix``, and the job they are of: with one, the labels of whole images."""
+    sums: Sums = {key.removeprefix(prefix): value for key, value in record.test_sums.items() if key.startswith(prefix)}
+    job = record.job
+    if prefix:
+        job = dataclasses.replace(job, data=dataclasses.replace(job.data, classes=job.data.labels, labels=""))
+    return sums, job
+
+
+def confusion(record: Record, prefix: str = "") -> go.Figure | None:
     """Truth against prediction on the test images of all sites; several labels per image: a line per label."""
-    if not record.test_sums.get("confusion"):
+    sums, job = _classifier(record, prefix)
+    if not sums.get("confusion"):
         return None
-    classes, several = record.job.classes, record.job.data.multilabel
-    columns, counts, share = _confusion_cells(record)
-    what = "the share is of the images of that true class; the diagonal is right"
+    classes, several, case = job.classes, job.data.multilabel, record.case
+    columns, counts, share = _confusion_cells(sums, job)
+    what = f"the share is of the {case}s of that true class; the diagonal is right"
     if several:
-        what = "found and missed: of the images with the label; false alarm and rightly not: of those without it"
-    caption = f"Test images of all sites: number, and share in per cent ({what})."
+        what = f"found and missed: of the {case}s with the label; false alarm and rightly not: of those without it"
+    caption = f"Test {case}s of all sites: number, and share in per cent ({what})."
+    if sums.get("made_distances"):  # of a generator
+        caption += f" The classifier has seen invented {case}s only."
     alt = " ".join(
         f"{name}: {', '.join(f'{c} {k}' for c, k in zip(columns if several else classes, row, strict=True))}."
         for name, row in zip(classes, counts.tolist(), strict=True)
@@ -125,15 +147,15 @@ def confusion(record: Record) -> go.Figure | None:
     return figure
 
 
-def _confusion_cells(record: Record) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _confusion_cells(sums: Sums, job: Job) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names of the columns; number of images per row and column; their share of the images they could be."""
-    matrix = confusion_matrix(record.test_sums, record.job)
-    if record.job.data.multilabel:
+    matrix = confusion_matrix(sums, job)
+    if job.data.multilabel:
         columns = ["found", "missed", "false alarm", "rightly not"]
         counts = np.stack([[m[1, 1], m[1, 0], m[0, 1], m[0, 0]] for m in matrix])
         whole = np.stack([[m[1].sum(), m[1].sum(), m[0].sum(), m[0].sum()] for m in matrix])
     else:
-        columns, counts = [plain(name, 14) for name in record.job.classes], matrix
+        columns, counts = [plain(name, 14) for name in job.classes], matrix
         whole = np.broadcast_to(matrix.sum(1, keepdims=True), matrix.shape)
     return columns, counts, np.divide(counts, whole, out=np.zeros(counts.shape), where=whole > 0)
 
@@ -141,20 +163,27 @@ def _confusion_cells(record: Record) -> tuple[list[str], np.ndarray, np.ndarray]
 # ---------------------------------------------------------------------- sensitivity against false alarms
 
 
-def roc(record: Record) -> go.Figure | None:
+def roc(record: Record, prefix: str = "") -> go.Figure | None:
     """Sensitivity against false alarms over all thresholds, from the sites' score histograms added up."""
-    job = record.job
-    parts: list[tuple[str, Estimate, np.ndarray, np.ndarray]] = []
-    if record.test_sums.get("positives"):
-        for name, pos, neg in zip(job.classes, *histograms(record.test_sums, job), strict=True):
-            area = area_from_histograms(pos, neg)
-            parts += [(name, area, pos, neg)] if area.n else []
+    sums, job = _classifier(record, prefix)
+    if not sums.get("positives"):
+        return None
+    parts = list(zip(job.classes, *histograms(sums, job), strict=True))
     mirrored = len(job.classes) == 2 and not job.data.multilabel
     parts = parts[-1:] if mirrored else parts
+    caption = f"From the score histograms of all sites’ test {record.case}s added up, each class against the rest."
+    caption += f" Shown for {parts[0][0]}; the other class mirrors it." if mirrored else ""
+    return draw_roc(parts, caption)
+
+
+def draw_roc(named: Sequence[tuple[str, np.ndarray, np.ndarray]], caption: str) -> go.Figure | None:
+    """ROC curves, each from the score histograms of those that have a finding and of those that have it not."""
+    parts: list[tuple[str, Estimate, np.ndarray, np.ndarray]] = []
+    for name, pos, neg in named:
+        area = area_from_histograms(pos, neg)
+        parts += [(name, area, pos, neg)] if area.n else []
     if not parts:
         return None
-    caption = "From the score histograms of all sites’ test images added up, each class against the rest."
-    caption += f" Shown for {parts[0][0]}; the other class mirrors it." if mirrored else ""
     banded = len(parts) <= 3
     if banded:
         caption += " Band: 95 % interval of the sensitivity at each threshold (Wilson), point by point."

@@ -1,4 +1,4 @@
-"""A run as the report tells it: what its folder holds, and the words and numbers it is told in."""
+"""A run as the report tells it: what its folder holds, and words for what became of the sites' replies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from server.results import run_scores
 from server.store import Event, read_events
+from server.wording import number, with_interval
 from shared.config import Job, job_from_flat, load_job
 from shared.tasks import TASKS, Sums, add_sums
+from shared.weights import REFERENCE
 
 # Why a reply was not used: the words of server/admission.py, and the codes of sites that decline.
 REASONS = {
@@ -38,6 +40,7 @@ REASONS = {
     "no-data": "the site found no labelled images",
     "bad-table": "the site’s table of images is not in order",
     "missing-files": "the site’s table names files that are not there",
+    "missing-modality": "the site has a case without one of its images or numbers",
     "unknown-label": "the site has a label that is no class of the job",
     "too-many-unreadable": "too many of the site’s images cannot be read",
     "no-cache": "the site cannot write its image cache",
@@ -72,7 +75,16 @@ class Record:
     @property
     def sign(self) -> int:
         """1 where a larger value of ``metric`` is better, -1 where a smaller one is."""
-        return TASKS[self.job.task].metrics[self.metric]
+        return self.direction(self.metric)
+
+    def direction(self, metric: str) -> int:
+        """1 where a larger value of any metric is better, -1 where a smaller one is."""
+        return TASKS[self.job.task].metrics.get(metric.partition(":")[0], 1)
+
+    @property
+    def case(self) -> str:
+        """What one sample is called."""
+        return TASKS[self.job.task].case
 
     @cached_property
     def survey(self) -> Event:
@@ -83,6 +95,23 @@ class Record:
     def test(self) -> Event | None:
         """The final evaluation, if the run came so far."""
         return self._last("evaluation", "test")
+
+    @cached_property
+    def reference(self) -> list[Event]:
+        """The run of the network that this run's model is measured by; empty where there is none."""
+        return read_events(self.folder / REFERENCE)
+
+    @cached_property
+    def pictures(self) -> list[Shown]:
+        """What the model drew at first, midway and at its best, where it draws."""
+        drawn = [event for event in self.events if event.get("pictures")]
+        course = [event for event in drawn if event["split"] == "val"]
+        best = [event for event in drawn if event["split"] == "test"][-1:]
+        chosen = [("first", course[0]), ("midway", course[len(course) // 2])] if len(course) > 1 else []
+        found: dict[int, Shown] = {}
+        for when, event in chosen + [("kept", event) for event in best or course[-1:]]:
+            found[event["round"]] = Shown(when, event["round"], _files(self.folder, event))
+        return list(found.values())
 
     @cached_property
     def rounds(self) -> dict[int, Event]:
@@ -113,9 +142,14 @@ class Record:
         return min(sites, key=lambda name: self.sign * sites[name][self.metric]) if len(sites) > 1 else ""
 
     def metrics(self, parts: bool = False) -> list[str]:
-        """The metrics of the test, the one that picked the model first; ``parts``: those of single classes instead."""
+        """The metrics of the test, the one that picked the model first; ``parts``: those of single classes instead.
+
+        Those that no model has a figure of are left out, but never the first.
+        """
         found = [name for name in self.scores["federated"].get("n", {}) if (":" in name) == parts]
-        return sorted(found, key=lambda name: name != self.metric)
+        models = self.models.values()
+        there = [name for name in found if name == self.metric or any(has(scores, name) for scores in models)]
+        return sorted(there, key=lambda name: name != self.metric)
 
     def best_first(self, models: dict[str, dict[str, Any]]) -> list[str]:
         """Names of models, from the best test figure to the worst; those without one last."""
@@ -128,6 +162,26 @@ class Record:
     def _last(self, kind: str, split: str = "") -> Event | None:
         found = [e for e in self.events if e["event"] == kind and (not split or e.get("split") == split)]
         return found[-1] if found else None
+
+
+class Shown(NamedTuple):
+    """Pictures by name that the model of a round drew, and when that was."""
+
+    when: str
+    round: int
+    files: dict[str, Path]
+
+
+def _files(folder: Path, event: Event) -> dict[str, Path]:
+    """The pictures of an evaluation by name; only PNG files that lie in the run folder."""
+    end = f"-{event['split']}-{event['round']:06}"
+    paths = {Path(name).stem.removesuffix(end): (folder / name).resolve() for name in event["pictures"]}
+    root = folder.resolve()
+    return {
+        name: path
+        for name, path in paths.items()
+        if path.suffix == ".png" and path.is_relative_to(root) and path.is_file()
+    }
 
 
 class Lost(NamedTuple):
@@ -162,32 +216,20 @@ def read_record(folder: Path) -> Record:
     return Record(folder, job, read_events(folder), {name: read_events(path) for name, path in others.items()}, scores)
 
 
-# ---------------------------------------------------------------------- words and numbers
-
-
-def metric_name(metric: str, start: bool = False) -> str:
-    """``auroc:WBC`` as AUROC WBC, ``balanced_accuracy`` as balanced accuracy; ``start``: with a capital."""
-    name, _, part = metric.partition(":")
-    name = "AUROC" if name == "auroc" else name.replace("_", " ")
-    return f"{name[0].upper() + name[1:] if start else name}{' ' if part else ''}{part}"
-
-
-def number(value: float | None) -> str:
-    """Three decimals, no leading zero; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    text = f"{abs(value):.3f}"
-    return ("−" if value < 0 and float(text) else "") + text.removeprefix("0")
-
-
-def with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """``.940 [.911, .960]``."""
-    return f"{number(value)} [{number(low)}, {number(high)}]" if number(value) != "–" else "–"
+# ---------------------------------------------------------------------- words
 
 
 def has(scores: dict[str, Any], metric: str) -> bool:
     """Whether there is a figure of ``metric``; a site without one of the classes has no AUROC."""
     return number(scores.get(metric)) != "–"
+
+
+def value_of(scores: dict[str, Any], metric: str) -> str:
+    """The figure of a metric with its interval; a dash where there is none."""
+    if not has(scores, metric):
+        return "–"
+    low, high = scores["intervals"][metric]
+    return with_interval(scores[metric], low, high, metric)
 
 
 def count(n: int, what: str, several: str = "") -> str:

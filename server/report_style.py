@@ -53,15 +53,26 @@ def new_figure(height: int, caption: str, alt: str) -> go.Figure:
     )
 
 
-def fit(figure: go.Figure, values: Iterable[float], axis: str = "yaxis") -> None:
-    """An axis just wide enough for the values; one of shares does not go beyond 0 and 1."""
-    finite = [value for value in values if math.isfinite(value)]
-    if finite:
-        low, high = min(finite), max(finite)
-        pad = max(0.05 * (high - low), 0.01)
-        share = low >= 0 and high <= 1
-        span = [max(low - pad, 0), min(high + pad, 1.005)] if share else [low - pad, high + pad]
-        figure.update_layout({axis: {"range": span}})
+def fit(figure: go.Figure, values: Iterable[float | None], axis: str = "yaxis", measure: bool = False) -> None:
+    """An axis just wide enough for the values; one of shares does not go beyond 0 and 1.
+
+    ``measure``: the values are of any size, not shares; if they span more than one and a half decades the axis is
+    logarithmic.
+    """
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if not finite:
+        return
+    low, high = min(finite), max(finite)
+    layout: dict[str, Any] = {}
+    if measure and low > 0 and high > 30 * low:
+        pad = 0.04 * math.log10(high / low)
+        layout = {"type": "log", "range": [math.log10(low) - pad, math.log10(high) + pad], "dtick": 1}
+    else:
+        pad = 0.05 * (high - low) or 0.05 * abs(high) if measure else max(0.05 * (high - low), 0.01)
+        share = not measure and low >= 0 and high <= 1
+        span = [max(low - pad, 0) if low >= 0 else low - pad, min(high + pad, 1.005) if share else high + pad]
+        layout = {"range": span}
+    figure.update_layout({axis: layout | ({"exponentformat": "none", "separatethousands": True} if measure else {})})
 
 
 def plain(name: str, length: int = 26) -> str:
@@ -98,7 +109,7 @@ $sites</section>
 <noscript><p class="note">The figures need JavaScript; the tables hold their main numbers.</p></noscript>
 <div class="figures">
 $figures</div></section>
-<section><h2>Data</h2>
+$pictures<section><h2>Data</h2>
 $data</section>
 <section><h2>Job</h2>
 $job</section>
@@ -139,12 +150,15 @@ code { font: .88em ui-monospace, Consolas, monospace; color: var(--muted); overf
   font-size: .78rem; }
 .scroll { overflow-x: auto; margin: 0 0 1.25rem; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1.25rem; }
+.pictures img { max-width: 100%; height: auto; background: #000; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 caption { text-align: left; padding: 0 0 .4rem; max-width: calc(100vw - 2rem); }
 th, td { padding: .4rem .9rem .4rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; font-weight: 600; border-bottom: 2px solid var(--line); min-width: 5.5rem; }
 tbody th { font-weight: 600; overflow-wrap: break-word; min-width: 9rem; max-width: 20rem; }
 td { white-space: nowrap; } details.prose td { white-space: normal; }
+thead .quiet { display: block; font-weight: 400; }
 td .quiet { display: block; font-size: .93em; }  /* under its value: eight columns fit the page */
 summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }
 .figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2rem 2.5rem; }

@@ -84,6 +84,7 @@ class Run:
         self.task = load_task(job.task)
         self.store = Store(folder)
         self.model = self.task.build_model(job)
+        self.frozen = frozen_digest(self.model, job)
         self.device = pick_device(job)
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
         self.counted = len(self.task.count_classes(Dataset.of(()), job))
@@ -137,7 +138,8 @@ class Run:
         write_model(self.folder / "model.safetensors", arrays, self._facts(number))
 
     def _facts(self, number: int) -> dict[str, str]:
-        return {"job": self.job.sha256, "round": str(number), "version": __version__, "model": self.job.model.name}
+        facts = {"job": self.job.sha256, "round": str(number), "version": __version__, "model": self.job.model.name}
+        return facts | ({"frozen": self.frozen} if self.frozen else {})
 
     def _finish(self, last: Arrays, seconds: float) -> dict[str, Any]:
         job = self.job
@@ -196,12 +198,11 @@ class Run:
         """
         nodes = [Place(node, f"node {node}", {}, [], 0) for node in sorted(self.grid.get_node_ids())]
         content = RecordDict({"config": self._config(0, fresh=fresh)})
-        own = frozen_digest(self.model, self.job)
         found: list[Place] = []
         dropped: list[dict[str, str]] = []
         for node, reply in self._exchange(MessageType.QUERY, content, nodes, 0):
             try:
-                found.append(Place(node.node, *admit_facts(reply, self.job, own, self.counted)))
+                found.append(Place(node.node, *admit_facts(reply, self.job, self.frozen, self.counted)))
             except Dropped as reason:
                 dropped.append({"site": _site_name(reply) or node.name, "reason": str(reason)})
         self.places = sorted(found, key=lambda place: place.name)
@@ -259,6 +260,7 @@ class Run:
                         "images": update.images,
                         "loss": update.loss,
                     }
+                    | self._of_parts(update.losses)
                 )
                 yield update.weight, update.arrays
 
@@ -270,6 +272,11 @@ class Run:
         self.store.add("round", round=number, trained=trained, dropped=dropped, seconds=seconds)
         self._require(len(trained), dropped, f"in round {number}")
         return merged
+
+    def _of_parts(self, losses: list[float]) -> dict[str, Any]:
+        """The losses of the parts of a model of several, by name."""
+        names = [part.prefix.rstrip(".") for part in self.task.parts(self.job)]
+        return {"losses": dict(zip(names, losses, strict=True))} if len(names) == len(losses) > 1 else {}
 
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""

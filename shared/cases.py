@@ -40,8 +40,8 @@ class Sample:
     classes of the whole image: one index, any number if multi-label, none where the task has none. ``frame`` and
     ``key`` pick a frame of a file and an array of an npz; ``box`` = (x, y, width, height) in pixels of the decoded
     image cuts a part out. ``mask`` is the file or folder of its mask, ``boxes`` are its objects as (class, x, y, width,
-    height), ``paths`` its further images in the order of the job's modalities with "" where one is missing, and
-    ``values`` its numbers, NaN where missing.
+    height), ``paths`` all images of a case of several, in the order of the job's modalities with "" where one is
+    missing (``path`` is then the first that is there), and ``values`` its numbers, NaN where missing.
     """
 
     path: str

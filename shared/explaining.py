@@ -22,8 +22,9 @@ class Explainable:
     how likely it is held, 0..1. ``pictures`` float32 (k, h, w) or (k, h, w, 3) in [0, 1] is what the network sees (one
     picture, the images of a case, frames, slices) under ``names``; ``planes`` turns numbers shaped like ``inputs`` into
     (k, h, w) by adding up what belongs to one pixel. ``window`` is the part, shaped like one case, that occlusion
-    covers at a time; ``head`` is the prefix of the modules whose maps Grad-CAM does not take. Where the score is that of
-    a place, ``region`` bool (k, h, w) is the place and ``where`` says so.
+    covers at a time; ``head`` is the prefix of the modules whose maps Grad-CAM does not take. Where the score is that
+    of a place, ``region`` bool (k, h, w) is the place and ``where`` says so. ``blank``, shaped like ``inputs``, is the
+    median that stands for nothing to see; None where black does.
     """
 
     inputs: Tensor
@@ -37,6 +38,7 @@ class Explainable:
     head: str = "head."
     where: str = ""
     region: np.ndarray | None = None
+    blank: Tensor | None = None
 
 
 def log_odds(logits: Tensor, job: Job) -> Tensor:

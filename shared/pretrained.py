@@ -82,7 +82,8 @@ def _published(text: str, job: Job, model: str) -> dict[str, Tensor]:
         known = torchvision.models.get_model_weights(model)
     except ValueError:
         raise UserError(
-            f"model.weights = {text!r}: {job.model.name} has no published weights; give a file or take a torchvision model"
+            f"model.weights = {text!r}: {job.model.name} has no published weights; give a file or take a torchvision "
+            "model"
         ) from None
     name = text.rpartition(".")[2]
     if name not in known.__members__:

@@ -64,7 +64,7 @@ def _capped(samples: Iterable[Sample], limit: int) -> list[Sample]:
 
 
 def read_rows(site: SiteData, needed: Iterable[str], default: str = "labels.csv") -> tuple[Path, list[Row]]:
-    """The site's CSV and its rows; every row has a path that is there.
+    """The site's CSV and its rows; every row has a path that is there, if one is needed.
 
     Raises:
         SiteRefusal: no such table, not a CSV, a column that lacks, files that are not there.
@@ -84,7 +84,8 @@ def read_rows(site: SiteData, needed: Iterable[str], default: str = "labels.csv"
         raise SiteRefusal(
             "bad-table", f"{table}: needs the columns {' and '.join(needed)}, has {', '.join(map(str, rows[0]))}"
         )
-    require_files(site, table, rows, "path")
+    if "path" in needed:
+        require_files(site, table, rows, "path")
     return table, rows
 
 

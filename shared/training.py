@@ -26,12 +26,20 @@ from shared.tasks import Part
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stretch of training did: steps, images seen, the sum of their losses, and the optimiser's moments."""
+    """What a stretch of training did: steps, images seen, the optimiser's moments, and the sums of the images' losses.
+
+    ``losses`` holds a sum for each part of the model, ``loss`` is all of them together.
+    """
 
     steps: int
     images: int
-    loss: float
+    losses: tuple[float, ...]
     moments: dict[str, Tensor]
+
+    @property
+    def loss(self) -> float:
+        """The sum over all parts of the model."""
+        return sum(self.losses)
 
 
 def pick_device(job: Job) -> torch.device:
@@ -178,12 +186,12 @@ def train(
         raise SiteRefusal(
             "too-few-images", f"{job.model.name} normalises over a batch: one training image is not enough"
         )
-    loss_sum = torch.zeros((), device=device)
+    sums = torch.zeros(len(parts), device=device)
     seen = 0
     for number in range(first_step, first_step + steps):
         indices = batch_indices(len(data), job.train.batch_size, number, seed)
         batch = task.batch(data, indices, job, device, train=True)
-        for part, group in zip(parts, optimizer.param_groups, strict=True):
+        for place, (part, group) in enumerate(zip(parts, optimizer.param_groups, strict=True)):
             group["lr"] = learning_rate(number, total, job) * part.rate
             # The other parts' gradients are None, and the optimiser passes over parameters without one.
             optimizer.zero_grad(set_to_none=True)
@@ -191,10 +199,10 @@ def train(
                 loss = task.step(model, batch, job, class_weights, part.prefix)
             loss.backward(inputs=group["params"])
             optimizer.step()
-            loss_sum += loss.detach() * len(indices)  # stays on the device: no wait per step
+            sums[place] += loss.detach() * len(indices)  # stays on the device: no wait per step
         seen += len(indices)
     optimizer.zero_grad(set_to_none=True)
-    total_loss = loss_sum.item()
-    if not math.isfinite(total_loss):
-        raise SiteRefusal("diverged", f"the training loss is {total_loss}; lower train.learning_rate")
-    return Trained(steps, seen, total_loss, take_moments(optimizer))
+    losses = tuple(sums.tolist())
+    if not math.isfinite(sum(losses)):
+        raise SiteRefusal("diverged", f"the training loss is {sum(losses)}; lower train.learning_rate")
+    return Trained(steps, seen, losses, take_moments(optimizer))

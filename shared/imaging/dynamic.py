@@ -23,6 +23,7 @@ from shared.imaging.series import Plane, named, plane_of, sorted_planes
 from shared.imaging.stored import Opened, decode, open_dicom
 
 Ends = tuple[float, float]
+_AT_ONCE = 32  # frames of a file held in memory at full size
 
 
 class Frame(NamedTuple):
@@ -56,8 +57,8 @@ class _Place(NamedTuple):
     window: tuple[object, ...] | None
 
 
-def dicom_film(files: Sequence[Path]) -> Film:
-    """The frames of one file, or of the files of one folder.
+def dicom_film(files: Sequence[Path], window: Ends | None = None) -> Film:
+    """The frames of one file, or of the files of one folder; ``window`` goes before those they name.
 
     Raises:
         UnreadableImage: "mixed-series", "no-order", those of a stack of slices (see read_series), or what is wrong with
@@ -72,8 +73,8 @@ def dicom_film(files: Sequence[Path]) -> Film:
         )
     ordered = _ordered(places, files)
     windows = {place.window for place in places}
-    shown = len(windows) == 1 and windows != {None}
-    return Film(len(ordered), functools.partial(_frames, ordered, shown), None if shown else _span(windows))
+    shown = window is None and len(windows) == 1 and windows != {None}
+    return Film(len(ordered), functools.partial(_frames, ordered, shown), None if shown else window or _span(windows))
 
 
 def _places(file: Path) -> list[_Place]:
@@ -142,9 +143,11 @@ def _ordered(places: Sequence[_Place], files: Sequence[Path]) -> list[Plane]:
 
 
 def _frames(planes: Sequence[Plane], shown: bool, picked: Sequence[int]) -> Iterator[Frame]:
-    """Decoded frames, a file opened once while its frames follow each other; pictures if ``shown`` by their window."""
+    """Decoded frames, some of one file at a time; pictures if ``shown`` by their window."""
     for file, group in itertools.groupby((planes[k] for k in picked), lambda plane: plane.path):
-        yield from named(file, functools.partial(_decode, shown=shown, frames=[plane.frame for plane in group]))
+        frames = [plane.frame for plane in group]
+        for start in range(0, len(frames), _AT_ONCE):
+            yield from named(file, functools.partial(_decode, shown=shown, frames=frames[start : start + _AT_ONCE]))
 
 
 def _decode(file: Path, shown: bool, frames: Sequence[int]) -> list[Frame]:

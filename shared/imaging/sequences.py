@@ -54,7 +54,7 @@ def read_film(
         UnreadableImage: "no-frames", "uneven-frames", "no-order", "mixed-series" and what reading a frame or a series
             raises; the detail names the file.
     """
-    film = _open(Path(path), key, row)
+    film = _open(Path(path), key, row, window)
     if not film.length:
         raise UnreadableImage("no-frames", str(path))
     picked = pick(film.length, most)
@@ -89,11 +89,11 @@ def is_film(path: Path) -> bool:
     return is_image_name(path) and frame_count(path) > 1
 
 
-def _open(path: Path, key: str, row: int | None) -> Film:
+def _open(path: Path, key: str, row: int | None, window: Ends | None) -> Film:
     if path.is_dir():
         files = slice_files(path)
         if files:
-            return dicom_film(files)
+            return dicom_film(files, window)
         names = sorted((file for file in path.iterdir() if is_image_name(file)), key=_natural)
         pictures = [file for file in names if not file.name.startswith(".")]
         return Film(len(pictures), lambda picked: (named(pictures[k], _raster) for k in picked))
@@ -101,7 +101,7 @@ def _open(path: Path, key: str, row: int | None) -> Film:
     with path.open("rb") as file:
         head = file.read(132)
     if head[128:] == b"DICM":
-        return dicom_film([path])
+        return dicom_film([path], window)
     if head.startswith((b"PK\x03\x04", b"\x93NUMPY")):
         return _array(path, key, row)
     if video.is_video(path):

@@ -79,8 +79,8 @@ def is_volume(path: Name) -> bool:
 
 
 def source_files(path: Name) -> list[Path]:
-    """The files of a volume, a series' slices in the order of their places."""
-    if is_nifti_name(path):
+    """The files of a volume, a series' slices in the order of their places; of a file, itself."""
+    if Path(path).is_file():
         return [Path(path)]
     return list(dict.fromkeys(plane.path for plane in sorted_planes(path)))
 

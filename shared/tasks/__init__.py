@@ -47,13 +47,16 @@ class Facts(NamedTuple):
     """What is known of a task without importing it.
 
     ``metrics`` holds +1 where more is better, -1 where less is better; the first picks the best round unless the job
-    says otherwise. ``classes`` is the least number of classes a job must name.
+    says otherwise. ``classes`` is the least number of classes a job must name. ``case`` is what a report calls one
+    sample, ``counted`` what ``count_classes`` counts.
     """
 
     about: str
     metrics: dict[str, int]
     classes: int
     formats: tuple[str, ...]
+    case: str = "image"
+    counted: str = "images"
 
 
 _LABELLED = ("auto", "csv", "folder", "npz", "coco-crops")
@@ -73,6 +76,7 @@ TASKS: dict[str, Facts] = {
         {"map50": 1, "map": 1, "map75": 1, "sensitivity_1fp": 1},
         1,
         ("auto", "csv", "coco", "voc"),
+        counted="boxes",
     ),
     "generation": Facts(
         "invented images that look like the real ones",
@@ -80,7 +84,14 @@ TASKS: dict[str, Facts] = {
         1,
         _LABELLED,
     ),
-    "sequence": Facts("one label per film, scan series or signal", _LABELS, 2, ("auto", "csv", "folder", "npz")),
+    "sequence": Facts(
+        "one label per film, scan series or signal",
+        _LABELS,
+        2,
+        ("auto", "csv", "folder", "npz"),
+        case="sequence",
+        counted="sequences",
+    ),
     "reconstruction": Facts(
         "the image itself; what comes out badly is unlike the training images",
         {"mse": -1, "psnr": 1, "ssim": 1, "auroc": 1},

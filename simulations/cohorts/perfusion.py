@@ -12,19 +12,18 @@ site does not depend on how many others there are, and more patients leave the e
 from __future__ import annotations
 
 import csv
-import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
-from pydicom.tag import Tag
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     MRImageStorage,
@@ -35,15 +34,15 @@ from pydicom.uid import (
 from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped,unused-ignore]
 
 from shared.cases import SPLITS
+from simulations.cohorts.whole import README, write_whole
 
 GENERATOR = "perfusion phantom 1"  # goes into README.txt and the headers; raise it when the scans change
 LABELS = ("persistent", "washout")
 SIZE = 16  # pixels
 FRAMES = 12
 _TOP = 4095  # 12 bits
-_SHOWN = 0.85  # share of the full scale that the display window covers
-_RATE = 0.030  # mean relative change per minute after the rise, up or down by class
-_SPREAD = 0.022  # its standard deviation among the patients of one class
+_RATE = 0.035  # mean relative change per minute after the rise, up or down by class
+_SPREAD = 0.036  # its standard deviation among the patients of one class
 _BRIGHTNESS = (0.08, 0.62)  # of the lesion at the middle of its course, drawn evenly in its logarithm
 
 
@@ -69,12 +68,15 @@ _SITES = (
 )
 
 
+Values = NDArray[Any]
+
+
 class Exam(NamedTuple):
     """One patient's scan: ``frames`` float32 (t, 16, 16) in [0, 1] as displayed, at ``times`` in minutes; ``mask`` is
     the share of the lesion in every pixel; ``arrival`` of the agent in minutes."""
 
     frames: NDArray[np.float32]
-    times: NDArray[np.float64]
+    times: Values
     mask: NDArray[np.float32]
     arrival: float
     label: str
@@ -113,28 +115,25 @@ def draw(number: int, split: str, patient: int, seed: int) -> Exam:
     washes_out = bool(rng.random() < machine.washout)
     times = np.arange(FRAMES - int(rng.integers(0, 3))) * machine.interval
     arrival = machine.delay + rng.uniform(-0.3, 0.3)
-    rate = abs(_RATE) * (-1 if washes_out else 1) + rng.normal(0, _SPREAD)
+    rate = (-_RATE if washes_out else _RATE) + rng.normal(0, _SPREAD)
     lesion = np.exp(rng.uniform(*np.log(_BRIGHTNESS))) * _course(times, arrival, rng.uniform(0.15, 0.35), rate)
     tissue = rng.uniform(0.03, 0.10) * _course(times, arrival, rng.uniform(0.5, 1.5), rng.normal(0.02, 0.02))
     mask = _lesion(rng)
-    before = rng.uniform(0.10, 0.20) * _texture(rng, 2.5, 0.35)  # the tissue without the agent
-    signal = (
-        before
-        + tissue[:, None, None] * _texture(rng, 2.0, 0.3)
-        + lesion[:, None, None] * mask * _texture(rng, 1.0, 0.2)
-    )
+    before = rng.uniform(0.10, 0.20) * _texture(rng, 2.5, 0.35)  # without the agent
+    around = tissue[:, None, None] * (1 - mask) * _texture(rng, 2.0, 0.3)
+    signal = before + around + lesion[:, None, None] * mask * _texture(rng, 1.0, 0.2)
     signal *= machine.gain * rng.uniform(0.9, 1.1)
     noise = rng.normal(0, machine.noise, (2, *signal.shape))
     seen = np.hypot(signal + noise[0], noise[1])  # the magnitude of a complex signal: Rician
     return Exam(np.clip(seen, 0, 1).astype(np.float32), times, mask, arrival, LABELS[washes_out])
 
 
-def _course(times: NDArray[np.float64], arrival: float, rise: float, rate: float) -> NDArray[np.float64]:
+def _course(times: Values, arrival: float, rise: float, rate: float) -> Values:
     """Brightness over time: 0 before the arrival, an exponential rise, then a straight line of slope ``rate``
     through 1 at the middle of what is left of the scan."""
     since = np.maximum(times - arrival, 0)
     middle = (times[-1] - arrival) / 2
-    course: NDArray[np.float64] = (1 - np.exp(-since / rise)) * (1 + rate * (since - middle))
+    course: Values = (1 - np.exp(-since / rise)) * (1 + rate * (since - middle))
     return course
 
 
@@ -153,8 +152,174 @@ def _lesion(rng: np.random.Generator) -> NDArray[np.float32]:
     return share
 
 
-def _texture(rng: np.random.Generator, scale: float, depth: float) -> NDArray[np.float64]:
+def _texture(rng: np.random.Generator, scale: float, depth: float) -> Values:
     """A smooth random field about 1, spread by ``depth``, with a grain of ``scale`` pixels."""
     field = gaussian_filter(rng.standard_normal((SIZE, SIZE)), scale, mode="reflect")
-    smooth: NDArray[np.float64] = np.exp(depth * field / field.std())
+    smooth: Values = np.exp(depth * field / field.std())
     return smooth
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def make(
+    directory: Path,
+    sites: int = 4,
+    patients: int = 600,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Write a cohort whose largest site trains on ``patients``, and give back the hospitals' folders.
+
+    The others train on 3/4, 1/2 and 1/4 as many; all test on half and validate on a tenth as many. The cohort appears
+    at once or not at all; one that is there from the same arguments is left as it is, any other non-empty folder is
+    refused with a ValueError. ``progress`` hears (patients done, of all).
+    """
+    if sites < 1 or patients < 1 or seed < 0:
+        raise ValueError("sites and patients must be at least 1 and the seed at least 0")
+    directory = Path(directory)
+    machines = [scanner(number, seed) for number in range(sites)]
+    total = sum(sum(counts(machine, patients).values()) for machine in machines)
+
+    def write(folder: Path) -> Iterator[None]:
+        done = 0
+        for number, machine in enumerate(machines):
+            for _ in _write_site(folder / machine.name, number, patients, seed):
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+                yield
+
+    write_whole(directory, _readme(sites, patients, seed), [machine.name for machine in machines], write)
+    return [directory / machine.name for machine in machines]
+
+
+def arguments(directory: Path) -> tuple[int, int]:
+    """The seed and the patients a cohort was made with.
+
+    Raises:
+        ValueError: the folder holds none of this program's.
+    """
+    text = (directory / README).read_text(encoding="utf-8") if (directory / README).is_file() else ""
+    found = re.search(r"--patients (\d+) --seed (\d+)\n", text)
+    if GENERATOR not in text or not found:
+        raise ValueError(f"{directory}: not a cohort of {GENERATOR!r}")
+    return int(found[2]), int(found[1])
+
+
+def _readme(sites: int, patients: int, seed: int) -> str:
+    return (
+        "Synthetic dynamic contrast-enhanced scans. No patient is behind any of them: they are drawn by a program,\n"
+        "and names, dates and hospitals are invented. They are for tests and demonstrations, not for medical use.\n\n"
+        f"command:   consilium cohort make DIR --kind perfusion --sites {sites} --patients {patients} --seed {seed}\n"
+        f"seed:      {seed}\n"
+        f"generator: {GENERATOR}\n\n"
+        "One folder per hospital: scans/, labels.csv (path,label,patient,split) and site.toml. The hospitals differ\n"
+        "in the time between frames, the agent's delay, gain, noise, file format and share of the classes. The label\n"
+        "says whether the lesion, once lit, goes on rising (persistent) or falls (washout); nothing else depends on\n"
+        "it.\n"
+    )
+
+
+def _write_site(folder: Path, number: int, patients: int, seed: int) -> Iterator[None]:
+    """Write one hospital's folder; a generator, so that the caller can report each patient."""
+    machine = scanner(number, seed)
+    (folder / "scans").mkdir(parents=True)
+    table = [["path", "label", "patient", "split"]]
+    for split, count in counts(machine, patients).items():
+        for index in range(count):
+            exam = draw(number, split, index, seed)
+            patient = f"P{number + 1}-{split}-{index + 1:04d}"
+            path = f"scans/{patient}"
+            if machine.storage == "png":
+                _write_pictures(folder / path, exam)
+            elif machine.storage == "series":
+                _write_series(folder / path, exam, machine, patient, seed)
+            else:
+                path += ".dcm"
+                _write_multiframe(folder / path, exam, machine, patient, seed)
+            table.append([path, exam.label, patient, split])
+            yield
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+    lines = [f'name = "{machine.name}"', "[data]", 'format = "csv"', 'csv = "labels.csv"']
+    (folder / "site.toml").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def _write_pictures(folder: Path, exam: Exam) -> None:
+    """PNG of 8 bits, numbered from 1 without leading zeros."""
+    folder.mkdir()
+    for number, frame in enumerate(exam.frames, start=1):
+        Image.fromarray(np.rint(frame * 255).astype(np.uint8)).save(folder / f"frame-{number}.png")
+
+
+def _write_series(folder: Path, exam: Exam, machine: Scanner, patient: str, seed: int) -> None:
+    """One file per frame, named by its UID: the names say nothing of the order."""
+    folder.mkdir()
+    for number, (frame, minutes) in enumerate(zip(exam.frames, exam.times, strict=True), start=1):
+        ds = _header(machine, patient, seed, minutes)
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = MRImageStorage
+        uid = generate_uid(entropy_srcs=[GENERATOR, str(seed), patient, str(number)])
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid
+        ds.InstanceNumber = ds.AcquisitionNumber = ds.TemporalPositionIdentifier = number
+        ds.NumberOfTemporalPositions = len(exam.frames)
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "OTHER"]
+        ds.ScanningSequence, ds.SequenceVariant, ds.ScanOptions, ds.MRAcquisitionType = "GR", "SP", "", "2D"
+        ds.EchoTime, ds.RepetitionTime, ds.EchoTrainLength = "2", "6", "1"
+        ds.FrameOfReferenceUID = generate_uid(entropy_srcs=[GENERATOR, str(seed), patient, "frame"])
+        ds.ImagePositionPatient, ds.ImageOrientationPatient = ["0", "0", "0"], ["1", "0", "0", "0", "1", "0"]
+        ds.SliceThickness = "3"
+        _save(folder / f"{uid[-12:]}.dcm", ds, frame[None])
+
+
+def _write_multiframe(file: Path, exam: Exam, machine: Scanner, patient: str, seed: int) -> None:
+    """One multi-frame file with the times of its frames."""
+    ds = _header(machine, patient, seed, 0.0)
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = MultiFrameGrayscaleWordSecondaryCaptureImageStorage
+    uid = generate_uid(entropy_srcs=[GENERATOR, str(seed), patient, "film"])
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid
+    ds.ImageType, ds.ConversionType, ds.InstanceNumber = ["DERIVED", "PRIMARY"], "SYN", 1
+    ds.NumberOfFrames, ds.FrameIncrementPointer = len(exam.frames), 0x00181065  # FrameTimeVector, in ms
+    ds.FrameTimeVector = ["0", *(str(round(60_000 * machine.interval)) for _ in exam.frames[1:])]
+    _save(file, ds, exam.frames, compress=machine.storage == "multiframe-rle")
+
+
+def _header(machine: Scanner, patient: str, seed: int, minutes: float) -> Dataset:
+    """What all files of a patient share, and when this one was taken; all invented, none of it from the label."""
+    rng = np.random.default_rng([seed, *patient.encode()])
+    start = datetime(2019, 1, 1, 8) + timedelta(days=int(rng.integers(0, 1800)), minutes=int(rng.integers(0, 600)))
+    taken = start + timedelta(minutes=float(minutes))
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    for level in ("Study", "Series"):
+        uid = generate_uid(entropy_srcs=[GENERATOR, str(seed), patient, level])
+        setattr(ds, f"{level}InstanceUID", uid)
+        setattr(ds, f"{level}Date", start.strftime("%Y%m%d"))
+        setattr(ds, f"{level}Time", start.strftime("%H%M%S"))
+    ds.AcquisitionDate = ds.ContentDate = taken.strftime("%Y%m%d")
+    ds.AcquisitionTime = ds.ContentTime = taken.strftime("%H%M%S.%f")
+    ds.AccessionNumber = ds.ReferringPhysicianName = ds.Laterality = ""
+    ds.StudyID, ds.SeriesNumber, ds.Modality = patient[:16], 1, "MR"
+    ds.Manufacturer, ds.ManufacturerModelName = "Phantom Works (fictitious)", "Perfusion 16"
+    ds.SoftwareVersions, ds.InstitutionName = GENERATOR, machine.name
+    ds.StudyDescription = "Synthetic dynamic contrast-enhanced scan"
+    ds.PatientName, ds.PatientID = f"Phantom^{patient}", patient
+    ds.PatientBirthDate, ds.PatientSex = "", "F"
+    ds.BodyPartExamined, ds.PatientPosition = "BREAST", "FFP"
+    ds.BurnedInAnnotation = "NO"
+    return ds
+
+
+def _save(file: Path, ds: Dataset, frames: NDArray[np.float32], compress: bool = False) -> None:
+    """Add the pixels, of 12 bits, and write the file."""
+    ds.SamplesPerPixel, ds.PixelRepresentation, ds.PhotometricInterpretation = 1, 0, "MONOCHROME2"
+    ds.Rows, ds.Columns, ds.PixelSpacing = SIZE, SIZE, ["2", "2"]
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+    ds.WindowCenter, ds.WindowWidth = str((_TOP + 1) // 2), str(_TOP + 1)
+    ds.PixelData = np.rint(frames * _TOP).astype("<u2").tobytes()
+    ds["PixelData"].VR = "OW"
+    if compress:
+        ds.compress(RLELossless, generate_instance_uid=False)
+    ds.save_as(file, enforce_file_format=True)

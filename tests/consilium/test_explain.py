@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import binary_dilation
 from scipy.stats import spearmanr
 
-from consilium.attribution import METHODS, attribute, cam_layer, darkest, grad_cam, integrated_gradients, occlusion
+from consilium.attribution import (
+    METHODS,
+    attribute,
+    cam_layer,
+    grad_cam,
+    has_maps,
+    integrated_gradients,
+    nothing_there,
+    occlusion,
+)
 from consilium.cli import main
 from consilium.explain import explain
-from consilium.overlay import AGAINST, FOR, blend, strength
+from consilium.overlay import AGAINST, EDGE, FOR, blend, outlined, strength
 from server.store import write_model, write_text
 from shared import __version__
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
+from shared.errors import UserError
 from shared.explaining import Explainable, log_odds_of_softmax
 from shared.imaging.dataset import Dataset
 from shared.tasks import classification as task
+from shared.tasks import load_task
+from shared.tasks.segmentation.data import assemble
 from shared.training import train
 from shared.weights import exchanged
 
 CPU = torch.device("cpu")
+
+
+def examples(name: str) -> ModuleType:
+    """``examples_<task>.py`` of the tests of all models."""
+    path = Path(__file__).parents[1] / "shared" / "tasks" / f"examples_{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +156,7 @@ def test_integrated_gradients_add_up_to_what_the_picture_adds_to_a_black_one(
     """The completeness axiom."""
     for case in cases(looks_left, job, 3):
         with torch.no_grad():
-            difference = (case.score(case.inputs) - case.score(darkest(case.inputs))).item()
+            difference = (case.score(case.inputs) - case.score(nothing_there(case))).item()
         assert integrated_gradients(looks_left, case).maps.sum() == pytest.approx(difference, rel=0.03)
 
 
@@ -188,6 +215,166 @@ def test_the_layer_of_grad_cam_is_the_deepest_with_a_map_worth_the_name(
     model = task.build_model(changed).eval()
     data = Dataset.of([Sample("a", (), "", "test")], image=np.zeros((1, 1, size, size), np.uint16))
     assert cam_layer(model, task.explainable(model, data, changed, CPU))[0] == layer
+
+
+# --- other tasks ------------------------------------------------------------------------------------------------------
+
+DEVICE_AND_STEPS = {
+    "train.device": "cpu", "federation.rounds": 1, "train.local_steps": 120, "train.batch_size": 16,
+    "train.learning_rate": 0.01,
+}  # fmt: skip
+
+
+def only(data: Dataset, index: int) -> Dataset:
+    return Dataset({name: column.rows([index]) for name, column in data.columns.items()}, (data.samples[index],))
+
+
+def shares(maps: np.ndarray) -> np.ndarray:
+    """Of the whole map, what lies in each of its pictures."""
+    strong = np.abs(maps).sum((1, 2))
+    found: np.ndarray = strong / strong.sum()
+    return found
+
+
+def learnt(name: str, data: Dataset, **settings: object) -> tuple[ModuleType, torch.nn.Module, Job]:
+    """A model trained on ``data`` until it has learnt it."""
+    flat = DEVICE_AND_STEPS | {key.replace("__", "."): value for key, value in settings.items()}
+    job = job_from_flat(flat | {"task": name})
+    module = load_task(name)
+    model = module.build_model(job)
+    weights = module.class_weights(module.count_classes(data, job), job)
+    train(model, module, data, job, site="a", first_step=0, steps=job.train.local_steps, class_weights=weights)
+    return module, model.eval(), job
+
+
+def films(n: int, seed: int) -> Dataset:
+    """Eight frames of noise; a flash somewhere, early (third frame) in class 1, late (seventh) in class 0."""
+    generator = np.random.default_rng(seed)
+    frames = generator.uniform(0.2, 0.4, (n, 8, 1, 16, 16))
+    for number in range(n):
+        y, x = generator.integers(1, 11, 2)
+        frames[number, 2 if number % 2 else 6, :, y : y + 4, x : x + 4] += 0.5
+    samples = [Sample(str(k), (k % 2,), "", "train") for k in range(n)]
+    return Dataset.of(samples, frames=np.rint(frames * 65535).astype(np.uint16))
+
+
+def signals(n: int, seed: int) -> Dataset:
+    """Two leads of noise; a bump at steps 10 to 15, of the first lead in class 0, of the second in class 1."""
+    values = np.random.default_rng(seed).normal(0, 0.3, (n, 40, 2)).astype(np.float32)
+    for number in range(n):
+        values[number, 10:16, number % 2] += 2
+    return Dataset.of([Sample(str(k), (k % 2,), "", "train") for k in range(n)], signal=values)
+
+
+def test_of_a_film_integrated_gradients_show_the_frame_that_tells() -> None:
+    module, model, job = learnt(
+        "sequence", films(64, 0), model__name="cnn_gru", data__classes="late,early", data__size=16, model__width=8
+    )
+    for number, frame in ((0, 6), (1, 2), (3, 2)):
+        case = module.explainable(model, only(films(4, 5), number), job, CPU)
+        assert case.label == ("late", "early")[number % 2]
+        assert case.names[frame] == f"frame {frame + 1}"
+        found = shares(attribute(model, case, "integrated-gradients").maps)
+        assert found.argmax() == frame
+        assert found[frame] > 0.4
+
+
+def test_of_a_signal_the_lead_and_the_moment_are_shown(tmp_path: Path) -> None:
+    module, model, job = learnt(
+        "sequence", signals(64, 0), model__name="gru", data__classes="first,second", data__channels=2
+    )
+    for number in (0, 1):
+        case = module.explainable(model, only(signals(2, 5), number), job, CPU)
+        wide = case.pictures.shape[2] // 40
+        for method in ("integrated-gradients", "occlusion"):
+            maps = attribute(model, case, method).maps
+            assert shares(maps)[number] > 0.6, method
+            bump = np.abs(maps[number, 0, :]).reshape(40, wide).sum(1)
+            assert 10 <= bump.argmax() <= 15, method
+        with pytest.raises(UserError, match="try integrated-gradients"):
+            attribute(model, case, "gradcam")
+    np.savez(tmp_path / "case.npz", signal=signals(2, 5).columns["signal"][1])
+    said = explain(save(model, job, tmp_path / "run"), tmp_path / "case.npz", tmp_path / "o").caption
+    assert "integrated gradients" in " ".join(said).lower(), "where there is no map to take, another method is taken"
+
+
+def pairs(n: int, seed: int) -> Dataset:
+    """Two images a case, with a spot in either by chance; the class is whether there is one in the second."""
+    generator = np.random.default_rng(seed)
+    images = generator.uniform(0.2, 0.5, (n, 2, 16, 16))
+    for number in range(n):
+        for place in [0] * int(generator.integers(2)) + [1] * (number % 2):
+            y, x = generator.integers(1, 11, 2)
+            images[number, place, y : y + 4, x : x + 4] += 0.45
+    samples = [Sample(f"{k}-1", (k % 2,), "", "train", paths=(f"{k}-1", f"{k}-2")) for k in range(n)]
+    return Dataset.of(samples, image=np.rint(images * 65535).astype(np.uint16))
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_of_several_images_the_one_that_tells_is_shown(fusion: str) -> None:
+    module, model, job = learnt(
+        "classification", pairs(96, 0), data__classes="plain,spot", data__size=16, data__modalities="pa,lateral",
+        model__width=8, model__fusion=fusion,
+    )  # fmt: skip
+    sums = module.collect(model, pairs(60, 1), job, CPU)
+    assert module.summarise(sums, job)["accuracy"].value > 0.9
+    for number in (1, 3, 5):
+        case = module.explainable(model, only(pairs(6, 2), number), job, CPU, "spot")
+        assert case.names == ("pa", "lateral")
+        for method in ("integrated-gradients", "occlusion"):
+            assert shares(attribute(model, case, method).maps)[1] > 0.6, (number, method)
+        assert has_maps(model, case) == (fusion == "early")
+
+
+def discs(n: int, seed: int) -> tuple[Dataset, Job]:
+    module = examples("segmentation")
+    job = job_from_flat(
+        {"task": "segmentation", "model.name": "unet"} | module.JOBS["unet"] | {"data.size": 32, "data.labels": ""}
+    )
+    return module.make(job, n, seed), job
+
+
+def test_of_a_segmenter_the_map_lies_on_what_is_found_and_follows_the_weights() -> None:
+    data, job = discs(32, 0)
+    settings = {key: value for key, value in job.flat().items() if key.split(".")[0] in ("data", "model")}
+    module, model, job = learnt("segmentation", data, **settings)
+    case = module.explainable(model, only(discs(4, 9)[0], 0), job, CPU, "disc")
+    assert case.region is not None
+    assert 5 < case.region.sum() < 0.15 * case.region.size
+    assert f"over the {case.region.sum():,} pixels" in case.where
+    near = binary_dilation(case.region[0], iterations=4)
+    random = module.build_model(job.replace(seed=77)).eval()
+    other = module.explainable(random, only(discs(4, 9)[0], 0), job, CPU, "disc")
+    for method in ("integrated-gradients", "occlusion"):
+        maps = np.abs(attribute(model, case, method).maps[0])
+        assert maps[near].sum() / maps.sum() > 2.5 * near.mean(), method
+    for method in METHODS:
+        own, changed = attribute(model, case, method).maps, attribute(random, other, method).maps
+        assert spearmanr(own.ravel(), changed.ravel()).statistic < 0.7, method
+    drawn = outlined(case, 0)
+    assert ((drawn == EDGE).all(2) <= case.region[0]).all()
+    assert (drawn == EDGE).all(2).any()
+
+
+def test_of_an_image_too_large_for_one_pass_the_part_with_the_finding_is_explained() -> None:
+    module, job = load_task("segmentation"), discs(1, 0)[1].replace(data__size=16)
+    image = np.full((1, 200, 160), 0.2)
+    image[:, 150:158, 120:128] = 0.9
+
+    class Threshold(torch.nn.Module):
+        """Disc where it is bright; nothing else."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([-x, x, -9 * torch.ones_like(x)], 1)
+
+    row = assemble(image, np.zeros(image.shape[1:], np.uint8), np.ones(2), image.shape[1:], job)
+    data = Dataset.of([Sample("a", (), "", "test")], **{name: [value] for name, value in row.items()})
+    case = module.explainable(Threshold(), data, job, CPU)
+    assert case.label == "disc"
+    assert case.pictures.shape == (1, 16, 16)
+    assert case.region is not None
+    assert case.region.sum() == 64
+    assert np.array_equal(case.pictures[0] > 0.5, case.region[0])
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -298,6 +485,53 @@ def test_an_empty_map_is_said_to_be_empty(job: Job, image: Path, tmp_path: Path)
     for name, empty in (("plain", True), ("spot", False)):
         caption = " ".join(explain(folder, image, tmp_path / "o.png", "gradcam", name).caption)
         assert ("map is empty" in caption) == empty
+
+
+def test_of_a_detector_the_boxes_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every box an untrained model finds, however unsure it is."""
+    detector = importlib.import_module("shared.tasks.detection.predict")
+    example = examples("detection")
+    name, settings = next(iter(example.JOBS.items()))
+    job = job_from_flat({"task": "detection", "model.name": name} | settings)
+    example.site(tmp_path / "site", job, "a", 2, 0)
+    module = load_task("detection")
+    folder = save(module.build_model(job), job, tmp_path / "run")
+    image = next(path for path in sorted((tmp_path / "site").rglob("*")) if path.suffix in (".png", ".jpg"))
+    code, said, _ = called(capsys, "explain", folder, "--image", image, "--out", tmp_path / "plain.png")
+    assert code == 0
+    assert "nothing" in said
+    monkeypatch.setattr(detector, "DRAWN", 0.0)
+    found = explain(folder, image, tmp_path / "boxes.png")
+    assert any(job.classes[k] in found.caption[1] for k in range(len(job.classes)))
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(found.file) as boxes:
+        assert plain.size == boxes.size
+        height = boxes.height - 80
+        assert not np.array_equal(np.asarray(plain)[:height], np.asarray(boxes)[:height])
+    code, _, errors = called(
+        capsys, "explain", folder, "--image", image, "--method", "gradcam", "--out", tmp_path / "o.png"
+    )
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "leave --method and --class out" in errors
+
+
+def test_a_task_without_an_explanation_says_so(tmp_path: Path, image: Path) -> None:
+    example = examples("reconstruction")
+    name, settings = next(iter(example.JOBS.items()))
+    job = job_from_flat({"task": "reconstruction", "model.name": name} | settings)
+    folder = save(load_task("reconstruction").build_model(job), job, tmp_path / "run")
+    with pytest.raises(UserError, match="no explanation that could be drawn"):
+        explain(folder, image, tmp_path / "o.png")
+
+
+def test_a_folder_of_many_images_is_not_one_case(run_folder: Path, image: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(image.read_bytes())
+    with pytest.raises(UserError, match="holds 2 cases; name one of them"):
+        explain(run_folder, folder, tmp_path / "o.png")
 
 
 @pytest.mark.parametrize(

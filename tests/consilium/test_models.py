@@ -48,9 +48,12 @@ def test_the_parameters_are_those_of_the_network_in_memory(row) -> None:  # type
 def test_the_network_takes_what_is_listed(row) -> None:  # type: ignore[no-untyped-def]
     job = default_job(row.task, row.model)
     model = load_task(row.task).build_model(job).eval()
-    shapes = [[int(side) for side in part.split(" × ")] for part in row.shape.split(" + ")]
-    examples = load_task(row.task).example(job)
-    inputs = [torch.zeros(1, *shape, dtype=example.dtype) for shape, example in zip(shapes, examples, strict=True)]
+    shapes = iter([int(side) for side in part.split(" × ")] for part in row.shape.split(" + "))
+    inputs = [
+        torch.zeros(1, *next(shapes), dtype=example.dtype) if example.ndim > 1 else example
+        for example in load_task(row.task).example(job)
+    ]
+    assert next(shapes, None) is None
     with torch.inference_mode():
         model(*inputs)
 

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pydicom
 import pytest
 import torch
+from highdicom.seg import segread
 from PIL import Image
 
 from consilium.cli import main
 from consilium.predict import AT_ONCE, predict
 from consilium.trained import open_run
 from server.store import write_model, write_text
+from shared import __version__
 from shared.cases import Sample, SiteData
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
 from shared.imaging.dataset import Dataset
 from shared.imaging.read import fit, read_image
+from shared.tasks import TASKS, load_task
 from shared.tasks.classification import build_model, collect
 from shared.tasks.classification import predict as predict_classes
 from shared.tasks.classification import write as write_classes
-from shared.weights import exchanged, frozen_digest
+from shared.weights import exchanged
 from simulations.cohorts.chest import make
 from simulations.simulate import run
 
@@ -48,6 +54,17 @@ def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str,
     return int(left.value.code or 0), *capsys.readouterr()
 
 
+def examples(name: str) -> ModuleType:
+    """``examples_<task>.py`` of the tests of all models."""
+    path = Path(__file__).parents[1] / "shared" / "tasks" / f"examples_{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def table(out: Path) -> dict[str, dict[str, str]]:
     """The rows of predictions.csv by path."""
     with (out / "predictions.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -56,9 +73,6 @@ def table(out: Path) -> dict[str, dict[str, str]]:
 
 def save_run(folder: Path, job: Job, **facts: str) -> Path:
     """A run folder as the server leaves it, of an untrained model."""
-    from shared import __version__
-    from shared.tasks import load_task
-
     model = load_task(job.task).build_model(job)
     write_text(folder / "job.toml", job.toml())
     known = {"job": job.sha256, "round": "1", "version": __version__, "model": job.model.name}
@@ -317,23 +331,21 @@ def test_progress_counts_every_case(trained: Path, tmp_path: Path) -> None:
 
 
 def test_of_a_frozen_backbone_the_head_is_joined_with_the_backbone_it_was_trained_on(
-    tiny_job: Job, tmp_path: Path
+    tiny_job: Job, three_sites: Path, tmp_path: Path
 ) -> None:
     backbone = tmp_path / "backbone.pt"
     torch.save(build_model(tiny_job.replace(seed=8)).state_dict(), backbone)
-    job = tiny_job.replace(model__weights=str(backbone), model__freeze="backbone")
-    model = build_model(job)
-    folder = save_run(tmp_path / "run", job, frozen=frozen_digest(model, job))
-    opened = open_run(folder).model
-    for (name, value), (other, expected) in zip(opened.state_dict().items(), model.state_dict().items(), strict=True):
-        assert name == other
-        assert torch.equal(value, expected), name
+    job = tiny_job.replace(model__weights=str(backbone), model__freeze="backbone", federation__rounds=1)
+    run(job, three_sites, tmp_path / "run")
+    opened, start = open_run(tmp_path / "run").model.state_dict(), build_model(job).state_dict()
+    moved = {name for name, value in start.items() if not torch.equal(opened[name], value)}
+    assert moved == {"head.weight", "head.bias"}
     torch.save(build_model(tiny_job.replace(seed=9)).state_dict(), backbone)
     with pytest.raises(UserError, match="is not the backbone it was trained on"):
-        open_run(folder)
+        open_run(tmp_path / "run")
     backbone.unlink()
     with pytest.raises(UserError, match="no such file"):
-        open_run(folder)
+        open_run(tmp_path / "run")
 
 
 def test_of_a_whole_model_the_weights_it_started_from_are_not_needed(tiny_job: Job, tmp_path: Path) -> None:
@@ -343,3 +355,95 @@ def test_of_a_whole_model_the_weights_it_started_from_are_not_needed(tiny_job: J
     expected = build_model(tiny_job.replace(seed=8)).state_dict()
     start.unlink()
     assert all(torch.equal(value, expected[name]) for name, value in open_run(folder).model.state_dict().items())
+
+
+# --- every task -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "generation"])
+def test_every_task_predicts_the_files_of_a_folder_and_names_the_broken_one(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = examples(task)
+    name, settings = next(iter(example.JOBS.items()))
+    job = job_from_flat({"task": task, "model.name": name} | settings)
+    example.site(tmp_path / "site", job, "a", 4, 0)
+    run_folder = save_run(tmp_path / "run", job)
+    code, said, errors = called(capsys, "predict", run_folder, tmp_path / "site", "--out", tmp_path / "out")
+    assert (code, errors) == (0, ""), errors
+    facts = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert facts["task"] == task
+    assert facts["cases"] >= 4
+    assert facts["unreadable"] == []
+    assert f"{facts['cases']} of {facts['cases']} cases predicted" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} > {"prediction.json"}
+    files = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
+    victim = max(files, key=lambda path: path.suffix in (".png", ".gz", ".dcm", ".npz", ".avi", ".mp4"))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    code, said, errors = called(capsys, "predict", run_folder, victim, "--out", tmp_path / "broken")
+    assert (code, errors) == (1, ""), errors
+    assert f"cannot be read: {victim.name}" in said
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_generator_says_what_to_ask_it_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = examples("generation")
+    name, settings = next(iter(example.JOBS.items()))
+    run_folder = save_run(tmp_path / "run", job_from_flat({"task": "generation", "model.name": name} | settings))
+    folder = pictures(tmp_path / "in", 1)
+    code, _, errors = called(capsys, "predict", run_folder, folder, "--out", tmp_path / "out")
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert "consilium generate" in errors
+
+
+def test_dicom_in_gives_dicom_segmentations_out_that_point_at_their_images(tmp_path: Path) -> None:
+    make(tmp_path / "cohort", sites=2, patients=2)
+    example = examples("segmentation")
+    job = job_from_flat({"task": "segmentation", "model.name": "unet"} | example.JOBS["unet"])
+    done = predict(save_run(tmp_path / "run", job), tmp_path / "cohort", tmp_path / "out")
+    sources = sorted((tmp_path / "cohort").rglob("*.dcm"))
+    assert done.cases == len(sources) >= 4
+    assert done.unreadable == []
+    assert len(list((tmp_path / "out").rglob("*.dcm"))) == len(sources)
+    for source in sources:
+        image = pydicom.dcmread(source)
+        mask = segread(tmp_path / "out" / source.relative_to(tmp_path / "cohort"))
+        assert [item.segment_label for item in (mask.get_segment_description(k) for k in (1, 2))] == ["disc", "square"]
+        assert mask.PatientID == image.PatientID
+        (series,) = mask.ReferencedSeriesSequence
+        assert [item.ReferencedSOPInstanceUID for item in series.ReferencedInstanceSequence] == [image.SOPInstanceUID]
+        assert (mask.Rows, mask.Columns) == (image.Rows, image.Columns)
+
+
+def test_cases_of_several_images_and_numbers_come_in_a_table(
+    tmp_path: Path, tiny_job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job.replace(data__modalities="pa,lateral", data__tabular="age", data__missing="zero")
+    folder = pictures(tmp_path / "in", 3)
+    run_folder = save_run(tmp_path / "run", job)
+    code, _, errors = called(capsys, "predict", run_folder, folder / "000.png", "--out", tmp_path / "out")
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert "path:pa, path:lateral, age" in errors
+    (folder / "labels.csv").write_text("path:pa,path:lateral,age\n000.png,001.png,45\n002.png,,\n")
+    done = predict(run_folder, folder, tmp_path / "out")
+    assert done.cases == 2
+    assert list(table(tmp_path / "out")) == ["000.png", "002.png"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands in for a disk that is full."""
+    import resource
+
+    folder = pictures(tmp_path / "in", AT_ONCE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        code, _, errors = called(capsys, "predict", trained, folder, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert "cannot write there" in errors
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """One or several labels per image."""
 
+from shared.tasks.classification.cases import find
 from shared.tasks.classification.data import batch, decode, decoded_by, read_samples
 from shared.tasks.classification.explain import explainable
 from shared.tasks.classification.learning import class_weights, collect, count_classes, step
@@ -20,6 +21,7 @@ __all__ = [
     "decoded_by",
     "example",
     "explainable",
+    "find",
     "head_prefix",
     "parts",
     "predict",

@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.augment import augmentation, normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
+from shared.imaging.harmonise import harmonise
 from shared.imaging.read import Picture, crop, fit, is_image_name, read_image
 from shared.samples import (
     class_indices,
@@ -29,31 +31,56 @@ from shared.samples import (
     patient_of,
     read_rows,
 )
+from shared.tasks.classification.cases import composed, images_of_cases, parts_of, require_parts, values_of_cases
 
 
 class Batch(NamedTuple):
-    """Normalised images float32 (b, channels, size, size) on the device, and the class indices of each."""
+    """Normalised images float32 (b, channels, size, size) on the device, and the class indices of each.
+
+    Of cases of several images, ``images`` is what ``images_of_cases`` gives; ``values`` are their numbers, if they have
+    any: float32 (b, numbers), NaN where missing.
+    """
 
     images: Tensor
     targets: list[tuple[int, ...]]
+    values: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the network takes."""
+        return (self.images,) if self.values is None else (self.images, self.values)
 
 
 def read_samples(site: SiteData, job: Job) -> Iterator[Sample]:
     """All labelled images of a site; see ``shared.samples.read_samples``."""
-    form = site.format if site.format != "auto" else _guess_format(site)
+    if composed(job) and site.format not in ("auto", "csv"):
+        raise SiteRefusal(
+            "bad-table",
+            f"[data] format = {site.format!r}: the images and numbers of a case come in a table; set it to csv in "
+            "site.toml and give a labels.csv",
+        )
+    form = "csv" if composed(job) else site.format if site.format != "auto" else _guess_format(site)
     return _READERS[form](site, job)
 
 
 def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
-    """``image``: uint16 (channels, size, size).
+    """``image``: uint16 (channels, size, size); of a case of several images all their channels, 0 where one is missing.
 
     Raises:
         UnreadableImage: with a code that says why.
     """
-    picture = read_picture(sample, site)
+    if not job.modalities:
+        return {"image": _planes(sample, site, job)}
+    missing = np.zeros((job.data.channels, job.data.size, job.data.size), np.uint16)
+    images = [_planes(replace(sample, path=name), site, job) if name else missing for name in sample.paths]
+    return {"image": np.concatenate(images)}
+
+
+def _planes(sample: Sample, site: SiteData, job: Job) -> np.ndarray:
+    picture = harmonise(read_picture(sample, site), job.data.harmonise)
     if sample.box:
         picture = crop(picture, sample.box)
-    return {"image": to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels))}
+    return to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels))
 
 
 def read_picture(sample: Sample, site: SiteData) -> Picture:
@@ -76,16 +103,21 @@ def _changed(path: Path) -> int:
 
 def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
-    return f"{job.data.channels} {job.data.size}"
+    return f"{job.data.channels} {job.data.size} {job.data.harmonise} {len(job.modalities)}"
 
 
 def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device, train: bool) -> Batch:
     """Some images, augmented if they are to be trained on, on the device, normalised."""
     images = to_float(data.columns["image"].take(indices))
-    if train:
-        images = augmentation(job)(images)
-    images = normalise(images.to(device, memory_format=torch.channels_last), job)
-    return Batch(images, [data.samples[i].target for i in indices])
+    samples = [data.samples[i] for i in indices]
+    if job.modalities:
+        images = images_of_cases(images, samples, job, device, train)
+    else:
+        if train:
+            images = augmentation(job)(images)
+        images = normalise(images.to(device, memory_format=torch.channels_last), job)
+    values = values_of_cases(samples, device) if job.tabular else None
+    return Batch(images, [sample.target for sample in samples], values)
 
 
 def _guess_format(site: SiteData) -> str:
@@ -99,8 +131,14 @@ def _guess_format(site: SiteData) -> str:
 
 
 def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
-    """Columns path, label; optional patient, split, frame, key, and box as ``x y w h``."""
-    table, rows = read_rows(site, ["path", "label"])
+    """Columns path, label; optional patient, split, frame, key, and box as ``x y w h``.
+
+    Of composed cases ``path:NAME`` for each of their images, and a column for each of their numbers; frame, key and box
+    hold for all images of a case.
+    """
+    table, rows = read_rows(site, ["label"] if job.modalities else ["path", "label"])
+    if composed(job):
+        require_parts(site, table, rows, job)
     for line, row in enumerate(rows, start=2):
         where = f"{table} line {line}"
         more: dict[str, object] = {}
@@ -110,9 +148,11 @@ def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
             more["box"] = parse_box(row["box"].split(), where)
         if row.get("key"):
             more["key"] = row["key"]
+        more |= parts_of(row, where, site, job)
+        path = str(more.pop("path"))
         split = parse_split(row.get("split") or "", where)
-        patient = row.get("patient") or patient_of(site.root / row["path"], row["path"])
-        yield make_sample(job, row["path"], class_indices(row["label"] or "", where, site, job), patient, split, **more)
+        patient = row.get("patient") or patient_of(site.root / path, path)
+        yield make_sample(job, path, class_indices(row["label"] or "", where, site, job), patient, split, **more)
 
 
 def _from_folders(site: SiteData, job: Job) -> Iterator[Sample]:

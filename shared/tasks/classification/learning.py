@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums
+from shared.tasks.classification.cases import count_missing, flagged
 from shared.tasks.classification.data import Batch, batch
 from shared.tasks.classification.metrics import BINS, LIMIT, score_bins
 
@@ -21,7 +22,7 @@ def step(model: nn.Module, batch: Batch, job: Job, class_weights: Sequence[float
     Each image's loss is weighed on its own and the mean taken over the number of images, never over the sum of the
     weights: so one image's share does not depend on the others, which bounded gradients (differential privacy) need.
     """
-    return loss_of_logits(model(batch.images), batch.targets, job, class_weights)
+    return loss_of_logits(model(*batch.inputs), batch.targets, job, class_weights)
 
 
 def loss_of_logits(
@@ -69,14 +70,18 @@ def count_classes(data: Dataset, job: Job) -> list[int]:
 
 @torch.inference_mode()
 def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> Sums:
-    """What a model does on a data set, as sums that add up over sites; see ``sums_of_logits``."""
+    """What a model does on a data set, as sums that add up over sites; see ``sums_of_logits``.
+
+    If cases may lack a part, ``missing`` says how many do; see ``count_missing``.
+    """
     model.eval()
     size = job.evaluation.batch_size
     batches = (
         batch(data, range(start, min(start + size, len(data))), job, device, train=False)
         for start in range(0, len(data), size)
     )
-    return sums_of_logits(((model(images).double().cpu(), targets) for images, targets in batches), job)
+    sums = sums_of_logits(((model(*found.inputs).double().cpu(), found.targets) for found in batches), job)
+    return sums | {"missing": count_missing(data.samples, job)} if flagged(job) else sums
 
 
 def sums_of_logits(outcomes: Iterable[tuple[Tensor, Sequence[tuple[int, ...]]]], job: Job) -> Sums:

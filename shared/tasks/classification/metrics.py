@@ -62,7 +62,8 @@ def consistent(sums: Sums, job: Job) -> bool:
     counts = [int(value) for value in sums["confusion"]]  # type: ignore[union-attr]
     both = [int(a) + int(b) for a, b in zip(sums["positives"], sums["negatives"], strict=True)]  # type: ignore[arg-type]
     per_class = [sum(both[k * BINS : (k + 1) * BINS]) for k in range(len(job.classes))]
-    return sum(counts) == n * labels and all(total == n for total in per_class)
+    missing = [int(value) for value in sums.get("missing", [])]  # type: ignore[union-attr]
+    return sum(counts) == n * labels and all(total == n for total in per_class) and all(m <= n for m in missing)  # type: ignore[operator]
 
 
 def summarise(sums: Sums, job: Job) -> dict[str, Estimate]:

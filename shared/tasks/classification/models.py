@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +12,10 @@ from torch import Tensor, nn
 from shared.cases import derived_seed
 from shared.config import Job, nearest
 from shared.errors import UserError
+from shared.pretrained import load_weights
 from shared.tasks import Part
+from shared.tasks.classification.cases import composed
+from shared.tasks.classification.fusion import HEAD, fuse, has_joint, load_fused, stacked_channels
 
 
 class MeanAndMax(nn.Module):
@@ -88,7 +89,8 @@ MODELS: dict[str, Entry] = {
 
 def head_prefix(job: Job) -> str:
     """Parameters whose name starts with this belong to the head; all others to the backbone."""
-    return _entry(job).head + "."
+    entry = _entry(job)
+    return f"{HEAD if has_joint(job) else entry.head}."
 
 
 def parts(job: Job) -> tuple[Part, ...]:
@@ -97,8 +99,9 @@ def parts(job: Job) -> tuple[Part, ...]:
 
 
 def example(job: Job) -> tuple[Tensor, ...]:
-    """An input of the network: one image (1, channels, size, size)."""
-    return (torch.zeros(1, job.data.channels, job.data.size, job.data.size),)
+    """An input of the network: one image (1, channels, size, size), or those of a case; its numbers, if it has any."""
+    images = torch.zeros(1, stacked_channels(job), job.data.size, job.data.size)
+    return (images, torch.zeros(1, len(job.tabular))) if job.tabular else (images,)
 
 
 def _entry(job: Job) -> Entry:
@@ -119,6 +122,12 @@ def check(job: Job) -> None:
     _entry(job)
     if job.data.channels not in (1, 3):
         raise UserError(f"data.channels = {job.data.channels}: must be 1 (grey) or 3 (colour)")
+    if composed(job) and job.data.format not in ("auto", "csv", "cases"):
+        raise UserError(
+            f"data.format = {job.data.format!r}: images and numbers of a case come in a table; write 'csv' or 'auto'"
+        )
+    if job.model.fusion == "late" and not job.modalities:
+        raise UserError("model.fusion = 'late': joins the images of a case; name them in data.modalities")
     if job.data.multilabel and job.data.partition == "dirichlet":
         raise UserError(
             "data.partition = 'dirichlet': needs one label per image; use 'iid' or 'size' with data.multilabel"
@@ -128,7 +137,7 @@ def check(job: Job) -> None:
 def build_model(job: Job) -> nn.Module:
     """The job's network with its starting weights; equal jobs give equal weights on every machine.
 
-    Maps (n, channels, size, size), normalised, to logits (n, classes).
+    Maps (n, channels, size, size), normalised, to logits (n, classes); of composed cases, see ``Batch.inputs``.
 
     Raises:
         UserError: unknown model, or weights that cannot be had or do not fit.
@@ -136,99 +145,38 @@ def build_model(job: Job) -> nn.Module:
     entry = _entry(job)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(job.seed, "initial weights"))
-        model = entry.build(job)
-    if job.model.weights:
-        _load_weights(model, job, entry.head + ".")
+        model = _fused(job, entry) if composed(job) else entry.build(job)
+    if job.model.weights and composed(job):
+        load_fused(model, job, entry.head)
+    elif job.model.weights:
+        load_weights(model, job, entry.head + ".")
     if job.model.freeze == "backbone":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(entry.head + "."))
+            parameter.requires_grad_(name.startswith(head_prefix(job)))
     return model
 
 
-def _first(model: nn.Module) -> tuple[nn.Module, str, nn.Conv2d]:
-    """The first convolution, its parent module and its name there."""
-    path = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
-    return module, name, getattr(module, name)
+def _fused(job: Job, entry: Entry) -> nn.Module:
+    """The network of a case of several images, or of images and numbers; see ``fusion``."""
+    late = job.model.fusion == "late"
+    networks = [entry.build(job) for _ in range(len(job.modalities) if late else 1)]
+    if not late:
+        _adapt_first(networks[0], stacked_channels(job))
+    return fuse(job, networks, entry.head) if has_joint(job) else networks[0]
 
 
 def _adapt_first(model: nn.Module, channels: int) -> None:
-    parent, name, old = _first(model)
+    """Let the first convolution take so many channels; its weights start afresh if that changes it."""
+    path, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     if old.in_channels == channels:
         return
+    parent, _, name = path.rpartition(".")
     shape: dict[str, Any] = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding")}
-    setattr(parent, name, nn.Conv2d(channels, old.out_channels, **shape, bias=old.bias is not None))
+    new = nn.Conv2d(channels, old.out_channels, **shape, bias=old.bias is not None)
+    setattr(model.get_submodule(parent), name, new)
 
 
 def _replace_head(model: nn.Module, head: str, classes: int) -> None:
     parent, _, name = head.rpartition(".")
     module = model.get_submodule(parent)
     setattr(module, name, nn.Linear(getattr(module, name).in_features, classes))
-
-
-def _load_weights(model: nn.Module, job: Job, head: str) -> None:
-    """Copy the given weights into ``model``: all of the backbone must fit, the head is taken where it fits."""
-    given = {_new_name(name): value for name, value in _read_weights(job).items()}
-    first = _first(model)
-    path = next(name for name, module in model.named_modules() if module is first[2])
-    weight = given.get(f"{path}.weight")
-    if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 and first[2].in_channels == 1:
-        # The sum over the colour channels answers a grey image as the original would answer it shown in colour.
-        given[f"{path}.weight"] = weight.sum(1, keepdim=True)
-    own = model.state_dict()
-    fits = {name: name in given and given[name].shape == value.shape for name, value in own.items()}
-    # Older files lack the counters, which nothing depends on.
-    wrong = [
-        name for name, fit in fits.items() if not (fit or name.startswith(head) or name.endswith("batches_tracked"))
-    ]
-    if wrong:
-        raise UserError(
-            f"model.weights = {job.model.weights!r}: does not fit {job.model.name}: {len(wrong)} layers are missing or "
-            f"of another shape, first {wrong[0]}"
-        )
-    model.load_state_dict({name: given[name] if fits[name] else own[name] for name in own})
-
-
-def _new_name(name: str) -> str:
-    """DenseNet's published files write norm.1 where the module is norm1 (torchvision renames them as it loads)."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
-
-
-def _read_weights(job: Job) -> dict[str, Tensor]:
-    text = job.model.weights
-    path = Path(text)
-    if path.suffix in (".safetensors", ".pt", ".pth") or path.is_file():
-        try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                return dict(load_file(path))
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-        except FileNotFoundError:
-            raise UserError(f"model.weights = {text!r}: no such file") from None
-        except Exception as error:
-            raise UserError(f"model.weights = {text!r}: not a file of weights ({type(error).__name__})") from None
-    return _torchvision_weights(text, job)
-
-
-def _torchvision_weights(text: str, job: Job) -> dict[str, Tensor]:
-    import torchvision
-
-    if job.model.name == "cnn":
-        raise UserError(
-            f"model.weights = {text!r}: cnn has no published weights; give a file or take a torchvision model"
-        )
-    known = torchvision.models.get_model_weights(job.model.name)
-    name = text.rpartition(".")[2]
-    if name not in known.__members__:
-        raise UserError(
-            f"model.weights = {text!r}: no such file, and {job.model.name} has {', '.join(known.__members__)}"
-        )
-    try:
-        return dict(known[name].get_state_dict(progress=False, check_hash=True))
-    except OSError as error:
-        raise UserError(
-            f"model.weights = {text!r}: could not be fetched ({type(error).__name__}); download "
-            f"{known[name].url.rpartition('/')[2]} where there is a network and give its path"
-        ) from None

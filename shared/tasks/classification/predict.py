@@ -32,8 +32,8 @@ def predict(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
     model.eval()
     size = job.evaluation.batch_size
     for start in range(0, len(data), size):
-        images = batch(data, range(start, min(start + size, len(data))), job, device, train=False)
-        yield from predictions_of_logits(model(images.images), job)
+        found = batch(data, range(start, min(start + size, len(data))), job, device, train=False)
+        yield from predictions_of_logits(model(*found.inputs), job)
 
 
 def predictions_of_logits(logits: torch.Tensor, job: Job) -> Iterator[Prediction]:

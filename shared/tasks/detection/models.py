@@ -52,12 +52,13 @@ def _untouched(job: Job) -> dict[str, Any]:
 def _few_proposals() -> dict[str, Any]:
     """Fewer proposals than torchvision's 2000: images of a few hundred pixels hold tens of objects, not hundreds."""
     counts = dict.fromkeys(("rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test"), 300)
-    counts |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), 200)
-    return counts | {"box_batch_size_per_image": 128}
+    return counts | dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), 200)
 
 
 def _rcnn(job: Job) -> dict[str, Any]:
-    return _untouched(job) | {"box_score_thresh": LEAST_SCORE, "box_detections_per_img": MAX_BOXES}
+    """What all of ours differ in from torchvision's: 128 proposals of an image are learnt from, not 512."""
+    boxes = {"box_score_thresh": LEAST_SCORE, "box_detections_per_img": MAX_BOXES, "box_batch_size_per_image": 128}
+    return _untouched(job) | boxes
 
 
 def _small(job: Job, norm: Norm) -> nn.Module:
@@ -282,11 +283,15 @@ def _given(job: Job, entry: Entry) -> dict[str, Tensor]:
 
 
 def _published(job: Job, entry: Entry) -> str:
-    """The torchvision model that has weights of the given name; the whole detector before its backbone."""
+    """The torchvision model that has weights of the given name: the whole detector, or its backbone; "" for a file."""
     import torchvision
 
+    if is_file_of_weights(job.model.weights):
+        return ""
+    known = {model: list(torchvision.models.get_model_weights(model).__members__) for model in entry.published}
     name = job.model.weights.rpartition(".")[2]
-    for model in entry.published:
-        if name in torchvision.models.get_model_weights(model).__members__:
-            return model
-    return entry.published[0] if entry.published else ""
+    found = next((model for model, names in known.items() if name in names), "")
+    if not found:
+        listed = "; ".join(f"{model} has {', '.join(names)}" for model, names in known.items())
+        raise UserError(f"model.weights = {job.model.weights!r}: no such file, and {listed}")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,27 +15,32 @@ from torch import Tensor, nn
 from shared.cases import derived_seed
 from shared.config import Job, job_from_flat, nearest
 from shared.errors import UserError
+from shared.pretrained import is_file_of_weights, load_weights
 from shared.tasks import Part
+from shared.tasks.classification import models as classification
 
-SLOPE = 0.2  # of the discriminator's leaky ReLU (Radford et al. 2016)
-ITERATIONS = 20  # of the power method
+FEATURES = 96  # of an image, in which images are compared: the channels of the reference's last stage
+_SLOPE = 0.2  # of the discriminator's leaky ReLU (Radford et al. 2016)
+_SQUARINGS = 8  # of the power method's matrix: 256 iterations at once
 
 
 def largest_singular_value(weight: Tensor, start: Tensor) -> Tensor:
     """The spectral norm of ``weight`` (out, …) as a matrix of ``out`` rows, with a gradient to ``weight``.
 
     Miyato et al. 2018 carry the power method's vector from step to step. Here it begins at ``start`` (out,) each time
-    and runs long enough: so the norm follows from the weights alone, nothing beside them has to be exchanged or
+    and is run to the end: so the norm follows from the weights alone, nothing beside them has to be exchanged or
     averaged, and a site that sat out a round computes the same.
     """
     matrix = weight.flatten(1)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         gram = matrix.float() @ matrix.float().T
-        u = start
-        for _ in range(ITERATIONS):
-            u = F.normalize(gram @ u, dim=0)
+        for _ in range(_SQUARINGS):
+            gram = gram / torch.linalg.matrix_norm(gram).clamp(min=1e-30)
+            gram = gram @ gram
+        u = F.normalize(gram @ start, dim=0)
     # Products and sums, no matrix product: autocast leaves them in float32.
-    return torch.linalg.vector_norm((matrix * u[:, None]).sum(0))
+    norm: Tensor = torch.linalg.vector_norm((matrix * u[:, None]).sum(0))
+    return norm
 
 
 def _start(rows: int) -> Tensor:
@@ -45,16 +51,21 @@ def _start(rows: int) -> Tensor:
 class SpectralConv2d(nn.Conv2d):
     """A convolution whose kernel is divided by its spectral norm, so that the layer's slope is bounded."""
 
+    start: Tensor
+
     def __init__(self, inner: int, out: int, kernel: int, stride: int = 1, padding: int = 0) -> None:
         super().__init__(inner, out, kernel, stride, padding)
         self.register_buffer("start", _start(out), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight / largest_singular_value(self.weight, self.start), self.bias)
+        weight = self.weight / largest_singular_value(self.weight, self.start)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 class SpectralLinear(nn.Linear):
     """A linear layer whose weights are divided by their spectral norm."""
+
+    start: Tensor
 
     def __init__(self, inner: int, out: int) -> None:
         super().__init__(inner, out)
@@ -92,7 +103,7 @@ class Generator(nn.Module):
         self.norm = nn.GroupNorm(math.gcd(8, wide[0]), wide[0])
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(inner, out, 3, padding=1), nn.GroupNorm(math.gcd(8, out), out), nn.ReLU())
-            for inner, out in zip(wide, wide[1:], strict=False)
+            for inner, out in pairwise(wide)
         )
         self.last = nn.Conv2d(wide[-1], channels, 3, padding=1)
 
@@ -102,7 +113,8 @@ class Generator(nn.Module):
         x = F.relu(self.norm(self.first(noise).unflatten(1, (-1, self.sides[0], self.sides[0]))))
         for stage, side in zip(self.stages, self.sides[1:], strict=True):
             x = stage(F.interpolate(x, size=(side, side), mode="nearest"))
-        return self.last(x).sigmoid()
+        pictures: Tensor = self.last(x).sigmoid()
+        return pictures
 
 
 class Discriminator(nn.Module):
@@ -117,9 +129,9 @@ class Discriminator(nn.Module):
         self.classes = classes
         lengths = sides(size)[::-1]
         wide = _widths(width, len(lengths))[::-1]
-        layers: list[nn.Module] = [SpectralConv2d(channels, wide[0], 3, padding=1), nn.LeakyReLU(SLOPE)]
-        for inner, out in zip(wide, wide[1:], strict=False):
-            layers += [SpectralConv2d(inner, out, 3, 2, padding=1), nn.LeakyReLU(SLOPE)]
+        layers: list[nn.Module] = [SpectralConv2d(channels, wide[0], 3, padding=1), nn.LeakyReLU(_SLOPE)]
+        for inner, out in pairwise(wide):
+            layers += [SpectralConv2d(inner, out, 3, 2, padding=1), nn.LeakyReLU(_SLOPE)]
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.head = SpectralLinear(wide[-1] * lengths[-1] ** 2, 1 + classes)
 
@@ -146,37 +158,49 @@ def _dcgan(job: Job) -> Networks:
 
 
 class Entry(NamedTuple):
-    """How to build a model's two networks, and the largest image it makes."""
+    """How to build a model's two networks, the largest image it makes, and why it cannot be exported ("" if it can)."""
 
     build: Callable[[Job], Networks]
     largest: int = 128
+    no_export: str = ""
 
 
 MODELS: dict[str, Entry] = {"dcgan": Entry(_dcgan)}
 
 
 class Gan(nn.Module):
-    """Everything of a generation job in one model: what is trained, what is kept of it, and what judges it.
+    """All networks of a generation job in one model: what is trained, what is kept of it, and what judges it.
 
-    ``generator`` and ``discriminator`` are trained. ``average`` is the moving average of the generator's weights, held
-    as buffers: it travels and is averaged with the rest but no optimiser touches it. ``updates`` counts how often it
-    moved. ``reference`` is the frozen classifier in whose features images are compared (see ``reference``).
+    ``discriminator`` and ``generator`` are trained. ``average`` is the moving average of the generator's weights, held
+    as buffers: it travels and is averaged with the rest, but no optimiser touches it. ``updates`` counts how often it
+    moved. ``reference`` is the frozen classifier in whose features images are compared; see the function of that name.
     """
 
     updates: Tensor
 
-    def __init__(self, networks: Networks, judge: nn.Module) -> None:
+    def __init__(self, networks: Networks, reference: nn.Module) -> None:
         super().__init__()
         self.discriminator = networks.discriminator
         self.generator = networks.generator
         self.average = _as_buffers(copy.deepcopy(networks.generator))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.reference = judge.requires_grad_(False)
+        self.reference = reference.requires_grad_(False)
 
     def forward(self, noise: Tensor, classes: Tensor) -> Tensor:
         """Pictures (n, channels, size, size) in [0, 1] from noise (n, latent) and classes (n,), by the average."""
         pictures: Tensor = self.average(noise, classes)
         return pictures
+
+    @torch.no_grad()
+    def follow(self, horizon: float) -> None:
+        """Move the average towards the generator's present weights: in the long run by one ``horizon``-th.
+
+        At first it moves faster, so that the untrained weights are soon forgotten. All on the device, no wait.
+        """
+        share = torch.clamp(9 / (10 + self.updates), min=1 / horizon)
+        for name, value in self.generator.named_parameters():
+            self.average.get_buffer(name).lerp_(value, share)
+        self.updates += 1
 
 
 def _as_buffers(model: nn.Module) -> nn.Module:
@@ -189,5 +213,82 @@ def _as_buffers(model: nn.Module) -> nn.Module:
 
 
 def parts(job: Job) -> tuple[Part, ...]:
-    """The discriminator's step, then the generator's at half its rate; no first moment (Zhang et al. 2019)."""
+    """The discriminator's step, then the generator's at half its rate, without momentum (Zhang et al. 2019)."""
     return (Part("discriminator.", 1.0, (0.0, 0.9)), Part("generator.", 0.5, (0.0, 0.9)))
+
+
+def head_prefix(job: Job) -> str:
+    """What starts the names of the parameters that give the image. Nothing is frozen here; see ``check``."""
+    return "generator.last."
+
+
+def example(job: Job) -> tuple[Tensor, ...]:
+    """An input of the network: the noise and the class of one image."""
+    return torch.zeros(1, job.model.latent), torch.zeros(1, dtype=torch.int64)
+
+
+def check(job: Job) -> None:
+    """Raise UserError if the job names a model this task has not, or settings that do not go together."""
+    if job.model.name not in MODELS:
+        raise UserError(
+            f"model.name = {job.model.name!r}: {job.task} has {', '.join(MODELS)}{nearest(job.model.name, MODELS)}"
+        )
+    largest = MODELS[job.model.name].largest
+    if job.data.size > largest:
+        raise UserError(f"data.size = {job.data.size}: {job.model.name} makes images of at most {largest} pixels")
+    if len(job.classes) < 2:
+        raise UserError(
+            f"data.classes = {job.data.classes!r}: name at least two; images are compared in the features of a "
+            "network that learns to tell them apart"
+        )
+    if job.data.multilabel:
+        raise UserError("data.multilabel: an image is made of one class; set it to false")
+    if job.model.freeze != "none":
+        raise UserError(f"model.freeze = {job.model.freeze!r}: a generator has no backbone to freeze; set it to none")
+    if job.model.weights and not is_file_of_weights(job.model.weights):
+        raise UserError(
+            f"model.weights = {job.model.weights!r}: {job.model.name} has no published weights; give a file"
+        )
+    for key in ("modalities", "tabular"):
+        if getattr(job.data, key):
+            raise UserError(f"data.{key}: generation takes one image per case; leave it empty")
+    classification.check(reference(job))
+
+
+_KEPT = ("seed", "data.", "augment.", "federation.", "evaluation.batch_size", "train.device", "train.precision")
+
+
+def reference(job: Job) -> Job:
+    """The job of the network in whose features images are compared: a classifier of the same images and classes.
+
+    It is trained first, by the same sites, for ``evaluation.reference_rounds``. Its rate is a quarter of a
+    classifier's default: then its features still answer to blur and noise; at the full rate hardly (docs/tasks).
+    """
+    rounds = job.evaluation.reference_rounds
+    flat = {key: value for key, value in job.flat().items() if key.startswith(_KEPT)}
+    own = {
+        "name": f"{job.name}-reference",
+        "task": "classification",
+        "model.name": "cnn",
+        "model.width": FEATURES // 4,
+        "train.learning_rate": 0.001,
+        "federation.rounds": rounds,
+        "evaluation.every": rounds,
+    }
+    return job_from_flat(flat | own)
+
+
+def build_model(job: Job) -> Gan:
+    """The job's networks with their starting weights; equal jobs give equal weights on every machine.
+
+    Raises:
+        UserError: unknown model, or weights that cannot be had or do not fit.
+    """
+    check(job)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(job.seed, "initial weights"))
+        networks = MODELS[job.model.name].build(job)
+    model = Gan(networks, classification.build_model(reference(job)))
+    if job.model.weights:
+        load_weights(model, job, head="reference.")  # a run's file holds no reference: it travels apart
+    return model

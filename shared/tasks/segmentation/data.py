@@ -101,7 +101,7 @@ def assemble(
 def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
     data = job.data
-    return f"{dimensions(job)} {data.channels} {data.window} {data.spacing} {data.masks} {data.classes} {data.harmonise}"
+    return f"{dimensions(job)} {data.channels} {data.window} {data.spacing} {data.masks} {job.classes} {data.harmonise}"
 
 
 def _planes(picture: Picture, channels: int) -> np.ndarray:
@@ -201,7 +201,7 @@ def _patch(data: Dataset, index: int, job: Job, train: bool) -> tuple[Tensor, Te
     if train:
         pixels, wanted = change(pixels, wanted, job)
     inner = tuple(slice(more, more + side) for more, side in zip(extra, patch, strict=True))
-    return _normalised(pixels[(..., *inner)], data.columns["statistics"][index], job), wanted[inner]
+    return _normalised(pixels[(slice(None), *inner)], data.columns["statistics"][index], job), wanted[inner]
 
 
 def whole_image(data: Dataset, index: int, job: Job) -> Tensor:
@@ -215,4 +215,3 @@ def _normalised(pixels: Tensor, statistics: np.ndarray, job: Job) -> Tensor:
         mean, sd = map(float, statistics)
         return (pixels - mean) / (sd + 1e-3)
     return normalise(pixels[None], job)[0]
-

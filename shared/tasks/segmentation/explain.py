@@ -1,4 +1,4 @@
-"""A segmenter's prediction for one case, ready to be explained: why it sees a class where it sees it."""
+"""A segmenter's prediction for one image, ready to be explained."""
 
 from __future__ import annotations
 
@@ -6,91 +6,112 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.ndimage import uniform_filter  # type: ignore[import-untyped,unused-ignore]
+from scipy.ndimage import uniform_filter
 from torch import Tensor, nn
 
 from shared.config import Job
 from shared.explaining import Explainable, as_picture, class_number, log_odds_of_softmax, window_of
 from shared.imaging.dataset import Dataset, to_float
 from shared.tasks.segmentation.data import memory_format, whole_image
-from shared.tasks.segmentation.learning import AT_ONCE, outcomes
+from shared.tasks.segmentation.learning import both_outputs, in_one_piece, outcomes
 from shared.tasks.segmentation.models import head_prefix, patch_size
 
-Score = Callable[[Tensor], Tensor]
+Window = tuple[slice, ...]
 
 
 def explainable(model: nn.Module, data: Dataset, job: Job, device: torch.device, name: str = "") -> Explainable:
-    """The score of class ``name``, or of the one with most pixels, for the first case of ``data``.
+    """The score of class ``name`` for the first case of ``data``: a class of the mask, or one of the whole image.
 
-    It is the mean over the pixels predicted to be of that class, or over all if there are none. ``name`` may be a class
-    of the whole image, too. Of an image too large to pass in one piece it is the patch with most of these pixels.
+    A class of the mask is asked about where it was found: its log-odds are averaged over the pixels held to be it, or
+    over all if there are none; ``value`` is its mean probability there. Left out, it is the class found most. Of an
+    image too large to go through the network in one piece, the patch with most of the class is explained.
 
     Raises:
         UserError: the job has no class of that name.
     """
-    mask = next(outcomes(model, data, job, device))[0].argmax(0).numpy()
-    pixels = np.bincount(mask.reshape(-1), minlength=1 + len(job.classes))[1:]
-    number = class_number(name, (*job.classes, *job.labels)) if name else int(pixels.argmax())
-    region = mask == 1 + number
-    place = _part(region, job)
-    region = region[place]
-    image = whole_image(data, 0, job)[(slice(None), *place)][None]
-    image = image.to(device, memory_format=memory_format(image))
-    if number < len(job.classes):
-        label, where = job.classes[number], _where(region)
-        score = _of_pixels(model, 1 + number, torch.from_numpy(region if region.any() else ~region).to(device))
-    else:
-        label, where, region = job.labels[number - len(job.classes)], "", np.zeros_like(region)
-        score = _of_image(model, number - len(job.classes))
-    with torch.no_grad():
-        value = score(image).sigmoid().item()  # of log-odds
-    pictures = _pictures(to_float(data.columns["image"][0])[(slice(None), *place)])
-    return Explainable(
-        image, score, label, value, pictures, tuple(f"slice {k + 1}" for k in range(len(pictures))),
-        lambda values: values[0].sum(0).reshape(pictures.shape[:3]), (image.shape[1], *window_of(image.shape[2:])),
-        head_prefix(job), where, region.reshape(pictures.shape[:3]),
-    )  # fmt: skip
+    chosen = class_number(name, (*job.classes, *job.labels)) if name else None
+    logits, of_image = next(outcomes(model, data, job, device))
+    label = -1 if chosen is None else chosen - len(job.classes)
+    if label >= 0 and of_image is not None:
+        nowhere = torch.zeros(logits.shape[1:], dtype=torch.bool)
+
+        def score_of_image(images: Tensor) -> Tensor:
+            return log_odds_of_softmax(model(images)[1])[:, label]
+
+        window = _window(nowhere, job)
+        return _explainable(
+            data, job, device, window, score_of_image, job.labels[label], float(of_image.softmax(0)[label])
+        )
+    found = logits.argmax(0)
+    if chosen is None:
+        chosen = int(torch.bincount(found.flatten(), minlength=1 + len(job.classes))[1:].argmax())
+    number = chosen + 1
+    window = _window(found == number, job)
+    region = (found == number)[window]
+    inside = region if region.any() else torch.ones_like(region)
+    weights = (inside / inside.sum()).to(device)
+
+    def score(images: Tensor) -> Tensor:
+        odds = log_odds_of_softmax(both_outputs(model(images))[0])[:, number]
+        return (odds * weights).flatten(1).sum(1)
+
+    value = float(logits.softmax(0)[number][window][inside].mean())
+    held = (
+        f"the {int(region.sum()):,} {_unit(region)} held to be it" if region.any() else "all, none being held to be it"
+    )
+    part = "" if region.shape == found.shape else ", in the part of the image with most of it"
+    return _explainable(
+        data, job, device, window, score, job.classes[chosen], value, f" over {held}{part}", region.numpy()
+    )
 
 
-def _part(region: np.ndarray, job: Job) -> tuple[slice, ...]:
-    """The whole image, or of one too large for one pass the patch with most of the region."""
-    patch = patch_size(job)
-    if region.size <= AT_ONCE * int(np.prod(patch)):
-        return tuple(slice(0, side) for side in region.shape)
-    share = uniform_filter(region.astype(np.float32), patch, mode="constant")
-    centre = np.unravel_index(int(share.argmax()), share.shape)
+def _unit(region: Tensor) -> str:
+    return "pixels" if region.ndim == 2 else "voxels"
+
+
+def _window(place: Tensor, job: Job) -> Window:
+    """The whole image if it goes through the network in one piece, else the patch that holds most of ``place``."""
+    if in_one_piece(place.shape, job):
+        return tuple(slice(0, length) for length in place.shape)
+    patch = [min(side, length) for side, length in zip(patch_size(job), place.shape, strict=True)]
+    share = uniform_filter(place.numpy().astype(np.float64), patch, mode="constant")
+    best = np.argwhere(share >= share.max() - 1e-9)
+    centre = best[np.abs(best - np.median(best, axis=0)).sum(1).argmin()]
     starts = [
-        int(np.clip(middle - side // 2, 0, max(0, length - side)))
-        for middle, side, length in zip(centre, patch, region.shape, strict=True)
+        int(np.clip(middle - side // 2, 0, length - side))
+        for middle, side, length in zip(centre, patch, place.shape, strict=True)
     ]
     return tuple(slice(start, start + side) for start, side in zip(starts, patch, strict=True))
 
 
-def _where(region: np.ndarray) -> str:
-    count, what = int(region.sum()), "pixels" if region.ndim == 2 else "voxels"
-    return f", over the {count:,} {what} it is found in (yellow edge)" if count else f"; found nowhere, so over all {what}"
-
-
-def _of_pixels(model: nn.Module, channel: int, region: Tensor) -> Score:
-    """The mean log-odds of a channel over a region (*size)."""
-
-    def score(images: Tensor) -> Tensor:
-        output = model(images)
-        logits = output[0] if isinstance(output, tuple) else output
-        return log_odds_of_softmax(logits.float())[:, channel][:, region].mean(1)
-
-    return score
-
-
-def _of_image(model: nn.Module, number: int) -> Score:
-    """The log-odds of a class of the whole image."""
-
-    def score(images: Tensor) -> Tensor:
-        return log_odds_of_softmax(model(images)[1].float())[:, number]
-
-    return score
-
-
-def _pictures(image: Tensor) -> np.ndarray:
-    """A picture (channels, height, width) as (1, height, width[, 3]); a volume (1, depth, …) as (depth, …)."""
-    return as_picture(image)[None] if image.ndim == 3 else image[0].numpy()
+def _explainable(
+    data: Dataset,
+    job: Job,
+    device: torch.device,
+    window: Window,
+    score: Callable[[Tensor], Tensor],
+    label: str,
+    value: float,
+    where: str = "",
+    region: np.ndarray | None = None,
+) -> Explainable:
+    """What is seen through ``window`` of the first image, with its score."""
+    inputs = whole_image(data, 0, job)[(slice(None), *window)][None]
+    inputs = inputs.to(device, memory_format=memory_format(inputs))
+    image = to_float(data.columns["image"][0])[(slice(None), *window)]
+    channels, *size = image.shape
+    flat = len(size) == 2
+    first = window[0].start
+    return Explainable(
+        inputs,
+        score,
+        label,
+        value,
+        as_picture(image)[None] if flat else image[0].numpy(),
+        ("",) if flat else tuple(f"slice {first + index + 1}" for index in range(size[0])),
+        lambda values: values.sum(1) if flat else values[0].sum(0),
+        (channels, *window_of(size)),
+        head_prefix(job),
+        where,
+        None if region is None else region.reshape(-1, *size[-2:]),
+    )

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 from shared.cases import Sample, SiteData, split_of
 from shared.config import Job
 from shared.errors import SiteRefusal
+from shared.imaging.nifti import is_nifti_name
 from shared.imaging.read import is_image_name
-from shared.imaging.volumes import is_nifti_name, volume_patient
+from shared.imaging.volumes import volume_patient
 from shared.samples import Row, class_index, make_sample, parse_frame, parse_split, read_rows, require_files
 
 IMAGES = "images"
@@ -51,22 +52,23 @@ def _from_masks(site: SiteData, job: Job) -> Iterator[Sample]:
         if missing:
             names = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
             raise SiteRefusal(
-                "missing-files", f"{site.root}: {len(missing)} entries of {here} have none of that name in {there}: {names}"
+                "missing-files",
+                f"{site.root}: {len(missing)} entries of {here} have none of that name in {there}: {names}",
             )
     where, rows = _split_table(site)
     unlisted = sorted(images.keys() - rows) if rows else []
     if unlisted:
         raise SiteRefusal("bad-table", f"{where}: does not list {len(unlisted)} of the images, first {unlisted[0]}")
-    held_out = {parse_split(row.get("split") or "", where) for row in rows.values()}
-    for stem, path in sorted(images.items()):
-        row = rows.get(stem, {})
-        patient = row.get("patient") or volume_patient(path) or stem
-        split = parse_split(row.get("split") or "", where)
+    held_out = {parse_split(row.get("split") or "", str(where)) for row in rows.values()}
+    for name, path in sorted(images.items()):
+        row = rows.get(name, {})
+        patient = row.get("patient") or volume_patient(path) or name
+        split = parse_split(row.get("split") or "", str(where))
         if split == "train" and "test" in held_out and "val" not in held_out:
             # Listed for training and testing only: part of the training images picks the best round.
             split = split_of(patient, job.data.val_fraction, 0.0)
-        names = [file.relative_to(site.root).as_posix() for file in (path, masks[stem])]
-        yield make_sample(job, names[0], _target(row, f"{where}: {stem}", site, job), patient, split, mask=names[1])
+        image, mask = (file.relative_to(site.root).as_posix() for file in (path, masks[name]))
+        yield make_sample(job, image, _target(row, f"{where}: {name}", site, job), patient, split, mask=mask)
 
 
 def _target(row: Row, where: str, site: SiteData, job: Job) -> tuple[int, ...]:
@@ -123,7 +125,8 @@ def _rows(table: Path, columns: tuple[str, ...], wanted: Callable[[Row], bool]) 
     column = next((name for name in columns if rows and name in rows[0]), None)
     if rows and (column is None or "split" not in rows[0]):
         raise SiteRefusal(
-            "bad-table", f"{table}: needs the columns split and {' or '.join(columns)}, has {', '.join(map(str, rows[0]))}"
+            "bad-table",
+            f"{table}: needs the columns split and {' or '.join(columns)}, has {', '.join(map(str, rows[0]))}",
         )
     found: dict[str, Row] = {}
     for row in rows:

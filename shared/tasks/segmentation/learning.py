@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from shared.tasks.classification import learning as labels
 from shared.tasks.segmentation.data import Batch, memory_format, whole_image
 from shared.tasks.segmentation.measures import Objects, find_objects, hausdorff95, match_objects, overlap
 from shared.tasks.segmentation.metrics import Tally, label_job, with_labels
-from shared.tasks.segmentation.models import patch_size
+from shared.tasks.segmentation.models import Output, patch_size
 
 AT_ONCE = 4  # an image of so many patches or fewer goes through the network in one piece
 _SMOOTH = 1.0  # added above and below in soft Dice, so that a class without a pixel has a gradient
@@ -24,12 +25,16 @@ _SMOOTH = 1.0  # added above and below in soft Dice, so that a class without a p
 
 def step(model: nn.Module, batch: Batch, job: Job, class_weights: Sequence[float], part: str = "") -> Tensor:
     """The mean over a batch of each image's own loss: see ``mask_losses``, plus cross-entropy of the image's class."""
-    output = model(batch.images)
-    logits, of_image = output if isinstance(output, tuple) else (output, None)
+    logits, of_image = both_outputs(model(batch.images))
     loss = mask_losses(logits, batch.masks).mean()
     if of_image is not None:
         loss = loss + labels.loss_of_logits(of_image.float(), batch.targets, label_job(job), class_weights)
     return loss
+
+
+def both_outputs(output: Output) -> tuple[Tensor, Tensor | None]:
+    """The logits of the mask and, where the job has labels, those of the image."""
+    return output if isinstance(output, tuple) else (output, None)
 
 
 def mask_losses(logits: Tensor, masks: Tensor) -> Tensor:
@@ -82,25 +87,27 @@ def outcomes(model: nn.Module, data: Dataset, job: Job, device: torch.device) ->
         yield logits[0].float().cpu(), None if of_image is None else of_image.float().cpu().mean(0)
 
 
+def in_one_piece(size: Sequence[int], job: Job) -> bool:
+    """Whether an image of this size goes through the network as a whole."""
+    return math.prod(size) <= AT_ONCE * math.prod(patch_size(job))
+
+
 def _through(model: nn.Module, image: Tensor, job: Job) -> tuple[Tensor, Tensor | None]:
-    patch = patch_size(job)
-    if image[0, 0].numel() <= AT_ONCE * int(np.prod(patch)):
-        output = model(image)
-        return output if isinstance(output, tuple) else (output, None)
+    if in_one_piece(image.shape[2:], job):
+        return both_outputs(model(image))
     from monai.inferers import sliding_window_inference  # two seconds: only where an image is that large
 
     of_windows: list[Tensor] = []
 
     def look(windows: Tensor) -> Tensor:
-        output = model(windows.contiguous(memory_format=memory_format(windows)))
-        if isinstance(output, tuple):
-            of_windows.append(output[1])
-            output = output[0]
-        return output.float()
+        logits, of_image = both_outputs(model(windows.contiguous(memory_format=memory_format(windows))))
+        if of_image is not None:
+            of_windows.append(of_image)
+        return logits.float()
 
-    logits = sliding_window_inference(
+    logits: Tensor = sliding_window_inference(
         image,
-        patch,
+        patch_size(job),
         job.evaluation.batch_size,
         look,
         overlap=job.evaluation.overlap,

@@ -19,7 +19,7 @@ class Overlap(NamedTuple):
     @property
     def seen(self) -> np.ndarray:
         """Whether a class is in either mask, bool (classes,)."""
-        return self.predicted + self.truth > 0
+        return np.asarray(self.predicted + self.truth > 0)
 
     @property
     def dice(self) -> np.ndarray:
@@ -33,7 +33,8 @@ class Overlap(NamedTuple):
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    result: np.ndarray = np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    return result
 
 
 def overlap(predicted: np.ndarray, truth: np.ndarray, classes: int) -> Overlap:
@@ -44,10 +45,10 @@ def overlap(predicted: np.ndarray, truth: np.ndarray, classes: int) -> Overlap:
 
 
 def hausdorff95(predicted: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float | None:
-    """Hausdorff distance in the unit of ``spacing`` (pixel size per axis), its 95th percentile: None if a mask is empty.
+    """95th percentile of the Hausdorff distance, in the unit of ``spacing`` (per axis); None if a mask is empty.
 
-    The larger of the two 95th percentiles of the distances from one surface to the other (as MONAI and nnU-Net define
-    it). A pixel is on the surface if one of its direct neighbours, or what lies beyond the image, is not in the mask.
+    The larger of the two 95th percentiles of the distances from one surface to the other, as MONAI defines it. A pixel
+    is on the surface if one of its direct neighbours is not in the mask; beyond the image nothing is.
     """
     if not predicted.any() or not truth.any():
         return None

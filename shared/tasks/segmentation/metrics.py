@@ -1,8 +1,8 @@
 """Segmentation metrics from sums that add up over sites.
 
-Conventions, stated once. A class which neither the true nor the predicted mask of an image has is left out of that image's
-mean (as nnU-Net does; there is nothing to find and nothing was invented); predicted where it is not, it counts 0. The
-value of an image is the mean over the classes counted in it; an image without any is left out.
+Conventions, stated once. A class which neither the true nor the predicted mask of an image has is left out of that
+image's mean (as nnU-Net does: there is nothing to find and nothing was invented); predicted where it is not, it counts
+0. The value of an image is the mean over the classes counted in it; an image without any is left out.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def label_job(job: Job) -> Job:
 class Tally:
     """Sums over images, filled one image at a time.
 
-    Keys, lists by class: ``intersection``, ``predicted``, ``truth`` in pixels; ``overlap_squares``, per class the sums of
-    a^2, ab and b^2 with a = 2 x intersection, b = predicted + truth of an image; ``dice_class`` with ``_squares`` and
-    ``_n``; ``dice`` and ``iou`` of the images with ``_squares`` and their common ``dice_n``; ``hd95`` in mm likewise and
-    ``hd95_missing``, the images where it could not be computed: no spacing known, or no class in both masks. With
-    instances also ``matched``, ``false`` and ``missed`` objects, ``aji_intersection`` and ``aji_union`` in pixels,
-    and the products of both ratios as above.
+    Keys, lists by class: ``intersection``, ``predicted``, ``truth`` in pixels; ``overlap_squares``, per class the sums
+    of a^2, ab and b^2 with a = 2 x intersection, b = predicted + truth of an image; ``dice_class`` with ``_squares``
+    and ``_n``; ``dice`` and ``iou`` of the images with ``_squares`` and their common ``dice_n``; ``hd95`` in mm
+    likewise, and ``hd95_missing``, the images where it could not be computed: no spacing known, or no class in both
+    masks. With instances also ``matched``, ``false`` and ``missed`` objects, ``aji_intersection`` and ``aji_union`` in
+    pixels, and the products of both ratios as above.
     """
 
     def __init__(self, job: Job) -> None:
@@ -109,7 +109,7 @@ def _labels_of(sums: Sums) -> Sums:
 def consistent(sums: Sums, job: Job) -> bool:
     """Whether the counts of one site agree with each other."""
     n, slack = int(sums["n"]), 1e-6  # type: ignore[arg-type]
-    per_class = zip(*(sums[key] for key in ("intersection", "predicted", "truth", "dice_class_n")), strict=True)  # type: ignore[arg-type]
+    per_class = zip(*(sums[key] for key in ("intersection", "predicted", "truth", "dice_class_n")), strict=True)
     good = all(both <= min(predicted, truth) and count <= n for both, predicted, truth, count in per_class)
     good &= sums["dice_n"] <= n and sums["hd95_n"] + sums["hd95_missing"] == n  # type: ignore[operator]
     good &= sums["iou"] <= sums["dice"] + slack and sums["dice"] <= sums["dice_n"] + slack  # type: ignore[operator]
@@ -187,9 +187,7 @@ def summarise(sums: Sums, job: Job) -> dict[str, Estimate]:
         found["aji"] = ratio(one["aji_intersection"], one["aji_union"], lists["aji_squares"], int(one["n"]))
     found["loss"] = mean_of_values(one["loss"], one["loss_squares"], int(one["n"]))
     if count > 1:
-        parts = zip(
-            job.classes, lists["dice_class"], lists["dice_class_squares"], lists["dice_class_n"], strict=True
-        )
+        parts = zip(job.classes, lists["dice_class"], lists["dice_class_squares"], lists["dice_class_n"], strict=True)
         found |= {f"dice:{name}": _within(mean_of_values(a, b, int(n))) for name, a, b, n in parts}
     if job.labels:
         of_image = labels.summarise(_labels_of(sums), label_job(job))

@@ -18,8 +18,8 @@ NEAR = 0.5  # share of the patches that are sure to hold foreground, where the i
 def random_start(size: Sequence[int], patch: Sequence[int], places: np.ndarray) -> list[int]:
     """Where a random patch begins along each axis; below 0 where the image is smaller than the patch.
 
-    Half of the patches hold one of ``places``, int (m, 1 + axes) of a class and a pixel of it, picked so that all classes
-    come equally often; the others lie anywhere. Draws from torch's global generator.
+    Half of the patches hold one of ``places``, int (m, 1 + axes) of a class and a pixel of it, picked so that all
+    classes come equally often; the others lie anywhere. Draws from torch's global generator.
     """
     inside: Sequence[int | None] = [None] * len(size)
     if len(places) and torch.rand(()) < NEAR:
@@ -59,12 +59,13 @@ def mirrored(first: int, count: int, length: int) -> np.ndarray:
 
 
 def margin(job: Job, patch: Sequence[int]) -> list[int]:
-    """Pixels to cut beyond a patch on each side, so that turning, shifting or shrinking it brings in no black corners."""
+    """Pixels to cut beyond a patch on each side, so that turning, shifting or shrinking brings in no black corners."""
     settings = job.augment
+    if len(patch) == 3 or not (settings.rotate or settings.shift or settings.zoom):
+        return [0] * len(patch)
     angle = math.radians(min(settings.rotate, 45.0))
-    reach = (math.cos(angle) + math.sin(angle)) / (1 - settings.zoom) - 1
-    extra = [math.ceil(side * (reach / 2 + settings.shift)) for side in patch]
-    return extra if len(patch) == 2 else [0] * len(patch)
+    reach = (math.cos(angle) + math.sin(angle)) / (1 - settings.zoom)
+    return [math.ceil(side * ((reach - 1) / 2 + settings.shift * reach)) + 1 for side in patch]
 
 
 def change(image: Tensor, mask: Tensor, job: Job) -> tuple[Tensor, Tensor]:
@@ -97,8 +98,10 @@ def _picture_changes(job: Job) -> torch.nn.Module | None:
         steps.append(v2.RandomVerticalFlip())
     if settings.rotate or settings.shift or settings.zoom:
         zoom = (1 - settings.zoom, 1 + settings.zoom)
-        shift = (settings.shift, settings.shift)
-        steps.append(v2.RandomAffine(settings.rotate, shift, zoom, interpolation=InterpolationMode.BILINEAR))
+        # torchvision takes shares of what it is given, which is the patch with its margin.
+        size = job.data.size
+        shift = settings.shift * size / (size + 2 * margin(job, (size, size))[0])
+        steps.append(v2.RandomAffine(settings.rotate, (shift, shift), zoom, interpolation=InterpolationMode.BILINEAR))
     if settings.intensity or settings.colour:
         saturation, hue = (settings.colour, settings.colour / 5) if job.data.channels == 3 else (0.0, 0.0)
         steps.append(v2.ColorJitter(settings.intensity, settings.intensity, saturation, hue))

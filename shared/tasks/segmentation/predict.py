@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,10 @@ from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.imaging.dicom import dicom_frame_count
+from shared.imaging.errors import UnreadableImage
 from shared.imaging.masks import write_nifti, write_segmentation
 from shared.imaging.nifti import is_nifti_name
-from shared.imaging.volumes import is_volume, source_files
+from shared.imaging.volumes import is_volume, read_stack, source_files
 from shared.samples import find_images, make_sample
 from shared.tasks.segmentation.layouts import stem
 from shared.tasks.segmentation.learning import outcomes
@@ -78,7 +80,8 @@ def write(predictions: Iterable[tuple[Sample, Prediction]], site: SiteData, job:
 
     NIfTI gives NIfTI on the same grid; a DICOM picture or series gives a DICOM SEG of the classes; any other picture,
     and one frame of many, a PNG of 8 bits, or 16 where there are more than 255 objects. A DICOM picture whose objects
-    are numbered gives that PNG too: the SEG has their class only. The class of each whole image goes to ``labels.csv``.
+    are numbered gives that PNG too: the SEG has their class only. Where a header lacks what a SEG must repeat of it
+    (a StudyInstanceUID, say) there is a PNG or NIfTI instead. The class of each whole image goes to ``labels.csv``.
     """
     written: list[Path] = []
     taken: set[Path] = set()
@@ -98,33 +101,44 @@ def write(predictions: Iterable[tuple[Sample, Prediction]], site: SiteData, job:
     return written
 
 
-def _write_mask(sample: Sample, mask: np.ndarray, site: SiteData, job: Job, out: Path, taken: set[Path]) -> list[Path]:
+def _write_mask(
+    sample: Sample, mask: np.ndarray, site: SiteData, job: Job, out: Path, taken: set[Path]
+) -> Iterator[Path]:
+    """Write one mask; gives each file it wrote."""
     source = site.root / sample.path
     target = out / (sample.path if sample.path != "." else source.resolve().name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if is_nifti_name(source):
-        file = _free(target, ".nii.gz", taken)
-        write_nifti(mask, np.eye(4), file, like=source)
-        return [file]
-    dicom = _frames_of_dicom(source)
-    written: list[Path] = []
-    if dicom == 1 or mask.ndim == 3:
-        written.append(_free(target, ".dcm", taken))
-        write_segmentation(np.minimum(mask, len(job.classes)), job.classes, source_files(source), written[-1])
-    if mask.ndim == 2 and (not written or job.data.masks == "instances"):
-        written.append(_free(target, ".png", taken))
-        Image.fromarray(mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)).save(written[-1])
-    return written
+    nifti, volume, segmented = is_nifti_name(source), mask.ndim == 3, False
+    if not nifti and (volume or _is_one_dicom_picture(source)):
+        file = _free(target, ".dcm", taken)
+        segmented = _write_segmentation(mask, job, source_files(source) if volume else [source], file)
+        if segmented:
+            yield file
+    if nifti or (volume and not segmented):
+        yield (file := _free(target, ".nii.gz", taken))
+        affine = None if nifti else read_stack(source).affine
+        write_nifti(mask, np.eye(4) if affine is None else affine, file, like=source if nifti else None)
+    if not volume and (not segmented or job.data.masks == "instances"):
+        yield (file := _free(target, ".png", taken))
+        Image.fromarray(mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)).save(file)
 
 
-def _frames_of_dicom(path: Path) -> int:
-    """Frames of a DICOM file, slices of a series; 0 for any other file."""
-    if path.is_dir():
-        return len(source_files(path))
+def _write_segmentation(mask: np.ndarray, job: Job, sources: list[Path], file: Path) -> bool:
+    """Write a DICOM SEG; False where the images lack what one must have of them."""
+    try:
+        with warnings.catch_warnings():  # they quote names of patients
+            warnings.simplefilter("ignore")
+            write_segmentation(np.minimum(mask, len(job.classes)), job.classes, sources, file)
+    except (ValueError, AttributeError, TypeError, KeyError, UnreadableImage):
+        return False  # highdicom's own, of headers that are no good
+    return True
+
+
+def _is_one_dicom_picture(path: Path) -> bool:
     with path.open("rb") as file:
         if file.read(132)[128:] != b"DICM":
-            return 0
-    return dicom_frame_count(path)
+            return False
+    return dicom_frame_count(path) == 1
 
 
 def _free(target: Path, suffix: str, taken: set[Path]) -> Path:

@@ -452,7 +452,7 @@ def test_damaged_files_raise_nothing_else_and_print_nothing(tmp_path: Path, capf
     write_nifti(mask, volume.affine, tmp_path / "a.nii.gz")
     tifffile.imwrite(tmp_path / "a.tif", mask[0].astype(np.uint16), compression="zlib")
     rng = np.random.default_rng(0)
-    codes = set()
+    codes, words = set(), []
     for name in ("a.dcm", "a.nii", "a.nii.gz", "a.tif"):
         shape = mask.shape[1:] if name == "a.tif" else mask.shape
         whole = (tmp_path / name).read_bytes()
@@ -465,9 +465,10 @@ def test_damaged_files_raise_nothing_else_and_print_nothing(tmp_path: Path, capf
             try:
                 organs(broken, shape, like=volume)
             except UnreadableImage as error:
-                assert str(broken) in error.detail
                 codes.add(error.code)
+                words.append(error.detail)
             except SiteRefusal as refusal:
-                assert str(broken) in str(refusal)
+                words.append(str(refusal))
     assert codes > {"corrupt", "truncated"}
+    assert all(str(tmp_path / "broken.") in word for word in words)
     assert capfd.readouterr() == ("", "")

@@ -63,7 +63,9 @@ def test_labels_of_the_image_get_a_head_of_their_own_that_is_part_of_the_head(na
     assert of_image.shape == (2, 3)
     frozen = models.build_model(with_labels.replace(model__freeze="backbone"))
     trained = {name for name, parameter in frozen.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in frozen.named_parameters() if name.startswith(models.head_prefix(with_labels))}
+    assert trained == {
+        name for name, _ in frozen.named_parameters() if name.startswith(models.head_prefix(with_labels))
+    }
     assert any("of_image" in name for name in trained)
 
 
@@ -85,6 +87,19 @@ def test_depth_width_and_norm_do_what_they_say(name: str, norm: str) -> None:
     assert [m.out_channels for m in convolutions[:8]] == [8, 8, 16, 16, 32, 32, 64, 64]
     kinds = {type(m).__name__.lower() for m in model.modules() if "norm" in type(m).__name__.lower()}
     assert kinds == ({"groupnorm"} if norm == "group" else {f"instancenorm{name[4:] or '2d'}"})
+
+
+def test_bfloat16_normalises_in_float32_to_the_same_result() -> None:
+    """The layer for bfloat16 is GroupNorm: same parameters, same result in float32, a close one in bfloat16."""
+    plain, fast = (models.build_model(job(train__precision=kind)).eval() for kind in ("float32", "bfloat16"))
+    assert plain.state_dict().keys() == fast.state_dict().keys()
+    image = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(plain(image), fast(image))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = fast(image)
+        assert half.dtype == torch.bfloat16
+        assert torch.allclose(half.float(), plain(image), atol=0.1)
 
 
 def test_skip_connections_carry_detail_past_the_bottleneck() -> None:
@@ -136,7 +151,7 @@ def test_every_model_can_be_exported(name: str) -> None:
         ({"data__multilabel": True}, "data.multilabel"),
         ({"data__labels": "sick"}, "data.labels"),
         ({"data__modalities": "t1,t2"}, "data.modalities"),
-        ({"model__weights": "DEFAULT"}, "no published weights"),
+        ({"model__weights": "DEFAULT"}, "none published"),
         ({"data__window": "0 100"}, "data.window"),
         ({"model__name": "unet3d", "data__window": "100 0"}, "data.window"),
         ({"model__name": "unet3d", "data__harmonise": "polarity"}, "data.harmonise"),
