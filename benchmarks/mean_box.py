@@ -2,8 +2,9 @@
 
 python -m benchmarks.mean_box simulations/jobs/lungs-detection.toml ../shared/data/cxr_lung_boxes_ccby
 
-Nothing is looked at. The mean is that of all sites' training boxes, in the fitted image; the score of a class is the
-share of the training images that show it. Prints the same metrics as a run, on the same test images, site by site.
+Nothing is looked at. The mean is that of all sites' training boxes, in the fitted image. Its score says nothing, but
+average precision needs an order of the images: it is drawn at random. Prints the same metrics as a run, on the same
+test images, site by site.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from simulations.sites import find_sites
 SHOWN = ("map50", "map75", "map", "sensitivity_1fp")
 
 
-def mean_boxes(data: list[Dataset], job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean training box of each class that has one (k, 4), the class, and the share of images that show it."""
+def mean_boxes(data: list[Dataset], job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Mean training box (k, 4) of each class that has one, and the classes."""
     found = [truth(part, i, job) for part in data for i in range(len(part))]
     boxes = np.concatenate([item.boxes for item in found])
     classes = np.concatenate([item.classes for item in found])
     kinds = np.unique(classes)
-    means = np.stack([boxes[classes == k].mean(0) for k in kinds])
-    return means, kinds, np.array([np.mean([k in item.classes for item in found]) for k in kinds])
+    return np.stack([boxes[classes == k].mean(0) for k in kinds]), kinds
 
 
-def sums(data: Dataset, job: Job, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray) -> Sums:
+def sums(data: Dataset, job: Job, boxes: np.ndarray, classes: np.ndarray) -> Sums:
     """What ``collect`` gives of a network."""
-    tally = Tally(len(job.classes))
+    tally, generator = Tally(len(job.classes)), np.random.default_rng(0)
     for i in range(len(data)):
         own = truth(data, i, job)
+        scores = np.full(len(boxes), generator.random())
         tally.add(data.samples[i].id, own.boxes, own.classes, boxes, classes, scores)
     return tally.sums()
 

@@ -108,40 +108,46 @@ def _maps(model: nn.Module, case: Explainable) -> dict[str, tuple[int, ...]]:
 def integrated_gradients(model: nn.Module, case: Explainable) -> Attribution:
     """Integrated gradients (Sundararajan, Taly & Yan, ICML 2017) from a black picture, or from the case's own blank.
 
-    The attributions of all pixels add up to the difference between the score of the picture and of the black one.
+    The attributions of all pixels add up to the difference between the score of the case and of the blank one.
     """
     from captum.attr import IntegratedGradients
 
-    method = IntegratedGradients(case.score)
-    found = method.attribute(case.inputs, nothing_there(case), n_steps=STEPS, internal_batch_size=_at_once(case))
-    return Attribution(_planes(case, found), f"integrated gradients from {_blank(case)}", signed=True)
+    found = IntegratedGradients(case.score).attribute(
+        case.inputs, black(case), n_steps=STEPS, internal_batch_size=_at_once(case)
+    )
+    start = "black" if case.blank is None else "the median"
+    return Attribution(_planes(case, found), f"integrated gradients from {start}", signed=True)
 
 
 def occlusion(model: nn.Module, case: Explainable) -> Attribution:
-    """How much the score falls when a window is covered by ``nothing_there`` (Zeiler & Fergus, ECCV 2014)."""
+    """How much the score falls when a window is covered in grey (Zeiler & Fergus, ECCV 2014)."""
     from captum.attr import Occlusion
 
     strides = tuple(max(1, side // 2) if place else side for place, side in enumerate(case.window))
     found = Occlusion(case.score).attribute(
-        case.inputs, case.window, strides, nothing_there(case), perturbations_per_eval=_at_once(case)
+        case.inputs, case.window, strides, grey(case), perturbations_per_eval=_at_once(case)
     )
-    size = " x ".join(map(str, case.window))
-    return Attribution(_planes(case, found), f"occlusion: windows of {size} set to {_blank(case)}", signed=True)
-
-
-def _blank(case: Explainable) -> str:
-    return "black" if case.blank is None else "the median"
+    size = " x ".join(map(str, case.window[-2:] if len(case.window) == 3 else case.window))
+    fill = "mean" if case.blank is None else "median"
+    return Attribution(_planes(case, found), f"occlusion: windows of {size} set to the {fill}", signed=True)
 
 
 def _at_once(case: Explainable) -> int:
     return max(1, min(AT_ONCE, NUMBERS // case.inputs.numel()))
 
 
-def nothing_there(case: Explainable) -> Tensor:
-    """What a case is compared with: its own blank, or its darkest value, which is black however it is normalised."""
+def black(case: Explainable) -> Tensor:
+    """A case's own blank, or its darkest value, which is black however it is normalised."""
     if case.blank is not None:
         return case.blank
     return case.inputs.amin((-2, -1), keepdim=True).expand_as(case.inputs)
+
+
+def grey(case: Explainable) -> Tensor:
+    """A case's own blank, or its mean: a black window in a bright place would be a finding of its own."""
+    if case.blank is not None:
+        return case.blank
+    return case.inputs.mean((-2, -1), keepdim=True).expand_as(case.inputs)
 
 
 def _planes(case: Explainable, values: Any) -> np.ndarray:

@@ -35,8 +35,8 @@ def print_result(result: Result) -> None:
     else:
         known = dict.fromkeys([job.best_metric, *TASKS[job.task].metrics])
         metrics = [name for name in known if name in federated["n"]]
-        shown = _fitting(metrics, [models, federated["sites"]], console.width)
         case = TASKS[job.task].case
+        shown = _fitting(metrics, [models, federated["sites"]], console.width - len(case) - 6)
         console.print(_table("model", escape(f"{job.name}: all sites' test {case}s"), case, shown, models))
         console.print(_table("site", "the federated model at each site", case, shown, federated["sites"]))
         note = f"95 % intervals in brackets; each model took {federated['gradient_steps']} gradient steps"
@@ -52,11 +52,11 @@ def print_result(result: Result) -> None:
 def _fitting(metrics: list[str], tables: list[Rows], width: int) -> list[str]:
     """As many of the metrics, from the first, as fit side by side; at least one."""
     names = max((len(name) for rows in tables for name in rows), default=0)
-    left = width - min(max(names, len("model")), NAME) - len("sequences") - 4
+    left = width - min(max(names, len("model")), NAME)
     shown: list[str] = []
     for metric in metrics[:MOST]:
         cells = [value_of(row, metric) for rows in tables for row in rows.values()]
-        left -= max(map(len, [metric_name(metric), *cells])) + 2
+        left -= max(map(len, [metric_name(metric), *cells])) + 3
         if shown and left < 0:
             break
         shown.append(metric)

@@ -24,7 +24,7 @@ class Explainable:
     (k, h, w) by adding up what belongs to one pixel. ``window`` is the part, shaped like one case, that occlusion
     covers at a time; ``head`` is the prefix of the modules whose maps Grad-CAM does not take. Where the score is that
     of a place, ``region`` bool (k, h, w) is the place and ``where`` says so. ``blank``, shaped like ``inputs``, is the
-    median that stands for nothing to see; None where black does.
+    median that stands for nothing to see; None where black and grey do.
     """
 
     inputs: Tensor

@@ -5,4 +5,5 @@ COHORTS = {
     "chest": "simulations.cohorts.chest",
     "ct": "simulations.cohorts.ct",
     "perfusion": "simulations.cohorts.perfusion",
+    "two-views": "simulations.cohorts.twoviews",
 }

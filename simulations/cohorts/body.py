@@ -47,7 +47,7 @@ class Build:
 
     size: float = 1.0  # relative to the standard adult
     fat: float = 18.0  # mm under the skin
-    lesions: float = 0.7  # share of patients with lesions in the liver
+    lesions: float = 0.85  # share of patients with lesions in the liver
     meal: float = 0.0  # share of patients who drank contrast agent
 
 

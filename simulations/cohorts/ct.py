@@ -71,7 +71,7 @@ _RIVER = Scanner(
 _HILL = Scanner(
     name="hospital-hill", model="Monticola CT 4", storage="frames", phase="native", shape=(33, 62, 70), thickness=6.0,
     pixel=6.4, blur=3.2, edge=0.0, noise=9.0, grain=5.0, offset=-6.0, cupping=10.0, labels=_GERMAN,
-    build=Build(size=1.06, fat=30.0, lesions=0.85),
+    build=Build(size=1.06, fat=30.0, lesions=0.9),
 )  # fmt: skip
 
 
@@ -104,14 +104,14 @@ def scanner(number: int, seed: int) -> Scanner:
         offset=rng.uniform(-6.0, 6.0),
         cupping=rng.uniform(0.0, 10.0),
         couch=bool(rng.random() < 0.5),
-        build=Build(rng.uniform(0.95, 1.06), rng.uniform(13.0, 30.0), rng.uniform(0.6, 0.85), rng.uniform(0.0, 0.6)),
+        build=Build(rng.uniform(0.95, 1.06), rng.uniform(13.0, 30.0), rng.uniform(0.8, 0.95), rng.uniform(0.0, 0.6)),
     )
 
 
 def make(
     directory: Path,
     sites: int = 3,
-    patients: int = 30,
+    patients: int = 40,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:

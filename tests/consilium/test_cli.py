@@ -50,7 +50,7 @@ def test_simulate_ends_with_a_table_and_the_path_of_the_report(
 ) -> None:
     done = consilium("simulate", job_file, "--data", three_sites, "--baselines", "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
-    for word in ("federated", "pooled", "only a", "auroc", f"report: {tmp_path / 'o' / 'report.html'}"):
+    for word in ("federated", "pooled", "only a", "AUROC", f"report: {tmp_path / 'o' / 'report.html'}"):
         assert word in done.stdout, word
     assert {path.name for path in (tmp_path / "o").iterdir()} >= {
         "job.toml", "result.json", "report.html", "rounds.jsonl", "model.safetensors", "last.safetensors",

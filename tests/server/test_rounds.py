@@ -145,6 +145,17 @@ def test_a_faulty_site_is_named_and_the_model_is_the_average_of_the_others(
         np.testing.assert_allclose(model[name].numpy(), value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("losses", [[1.0, 2.0], [float("nan")] * 99, [], 3, [7]])
+def test_losses_of_parts_that_the_model_has_not_are_passed_over(
+    losses: object, three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    federate(twisted("b", edit_metrics(losses=losses)), three_sites, tiny_job.replace(federation__rounds=1), out)
+    (round_,) = [event for event in read_events(out) if event["event"] == "round"]
+    assert round_["dropped"] == []
+    assert [list(item) for item in round_["trained"]] == [["site", "weight", "steps", "images", "loss"]] * 3
+
+
 def test_the_text_of_a_sites_exception_reaches_no_file_of_the_server(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:

@@ -63,7 +63,7 @@ def data_of(n: int = 7) -> Dataset:
     return Dataset.of([Sample(str(k), (), str(k), "train") for k in range(n)], image=images)
 
 
-def by_hand(model: Pair, data: Dataset, job: Job, seeds: dict[int, int], steps: int) -> float:
+def by_hand(model: Pair, data: Dataset, job: Job, seeds: dict[int, int], steps: int) -> list[float]:
     """Two optimisers, one after the other in each step; the noise is drawn anew where ``seeds`` says so."""
     kind, settings = job.train.optimizer, job.train
     optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -79,20 +79,20 @@ def by_hand(model: Pair, data: Dataset, job: Job, seeds: dict[int, int], steps: 
             )
     total = job.federation.rounds * settings.local_steps
     images = torch.from_numpy(data.columns["image"].flat.reshape(len(data), 16).astype(np.float32)) * (1 / 65535)
-    everything = 0.0
+    everything = [0.0, 0.0]
     for k in range(steps):
         if k in seeds:
             torch.manual_seed(seeds[k])
         chosen = batch_indices(len(data), settings.batch_size, k, derived_seed(job.seed, "a"))
         drawn = Batch(images[chosen], torch.randn(len(chosen), 4))
-        for part in PARTS:
+        for place, part in enumerate(PARTS):
             for group in optimizers[part.prefix].param_groups:
                 group["lr"] = learning_rate(k, total, job) * part.rate
             model.zero_grad()
             loss = step(model, drawn, job, [1.0], part.prefix)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizers[part.prefix].step()
-            everything += loss.item() * len(chosen)
+            everything[place] += loss.item() * len(chosen)
     return everything
 
 
@@ -101,18 +101,19 @@ def test_a_model_of_two_parts_is_trained_as_by_two_optimisers_bit_for_bit(optimi
     job, data = job_of(train__optimizer=optimizer, train__learning_rate=0.05), data_of()
     expected, found, fresh = Pair(), Pair(), Pair()
     stretches, seeds, moments = (4, 1, 7), {}, None
-    first, loss = 0, 0.0
+    first, losses = 0, np.zeros(2)
     for steps in stretches:  # the moments are handed out and in, as from round to round
         seeds[first] = derived_seed(derived_seed(job.seed, "a"), first)
         trained = train(
             found, TASK, data, job, site="a", first_step=first, steps=steps, class_weights=[1.0], moments=moments
         )
-        first, moments, loss = first + steps, trained.moments, loss + trained.loss
+        first, moments, losses = first + steps, trained.moments, losses + trained.losses
+        assert trained.loss == sum(trained.losses)
         assert trained.images == steps * 3
-    expected_loss = by_hand(expected, data, job, seeds, sum(stretches))
+    expected_losses = by_hand(expected, data, job, seeds, sum(stretches))
     for (name, one), other in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
     for name, start in fresh.state_dict().items():
         assert torch.equal(found.state_dict()[name], start) == name.startswith("reference."), name
 

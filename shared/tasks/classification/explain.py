@@ -28,8 +28,8 @@ def explainable(model: nn.Module, data: Dataset, job: Job, device: torch.device,
         numbers = [part.expand(len(images), -1) for part in case.inputs[1:]]
         return log_odds(model(images, *numbers), job)[:, number]
 
-    pictures = to_float(data.columns["image"][0]).split(job.data.channels)
-    count, size = len(pictures), case.images.shape[2:]
+    count, size = max(1, len(job.modalities)), case.images.shape[2:]
+    pictures = to_float(data.columns["image"][0]).chunk(count)
 
     def planes(values: Tensor) -> Tensor:  # the planes behind the images flag those that are missing
         return values[0, : count * job.data.channels].reshape(count, job.data.channels, *size).sum(1)

@@ -19,23 +19,23 @@ _NO_HEAD = "-"  # starts no parameter's name
 
 
 class Ramps(nn.Module):
-    """Numbers of any scale as values from 0 to 1: (b, n) -> (b, n x EDGES).
+    """Numbers of any scale as values from -1 to 1: (b, n) -> (b, n x RAMPS).
 
-    The piecewise-linear encoding of Gorishniy, Rubachev & Babenko (NeurIPS 2022, section 3.2): each value climbs one
-    ramp after the other. The ramps lie evenly on the scale of asinh, which is linear about 0 and logarithmic beyond,
-    from -10^4 to 10^4: so 0 and 1, an age and a laboratory value all come out well spread, and no mean or standard
-    deviation of anybody's data is needed. A missing number (NaN) is 0 on every ramp.
+    The piecewise-linear encoding of Gorishniy, Rubachev & Babenko (NeurIPS 2022, section 3.2): a value climbs one ramp
+    after the other, here counted from those that 0 has climbed. The ramps lie evenly on the scale of asinh, which is
+    linear about 0 and logarithmic beyond, from -10^4 to 10^4: so 0 and 1, an age and a laboratory value all come out
+    well spread, and no mean or standard deviation of anybody's data is needed. A missing number (NaN) is as 0.
     """
 
     LIMIT = 10.0  # asinh(11013)
     WIDTH = 0.5  # of a ramp: a factor of 1.65
-    EDGES = int(2 * LIMIT / WIDTH)
+    RAMPS = int(2 * LIMIT / WIDTH)
 
     def forward(self, values: Tensor) -> Tensor:
-        place = (torch.asinh(values.nan_to_num(nan=0.0)) + self.LIMIT) / self.WIDTH
-        starts = torch.arange(self.EDGES, dtype=values.dtype, device=values.device)
-        ramps = (place[..., None] - starts).clamp(0, 1)
-        return torch.where(values.isnan()[..., None], 0.0, ramps).flatten(1)
+        starts = torch.arange(self.RAMPS, dtype=values.dtype, device=values.device)
+        climbed = (torch.asinh(values.nan_to_num(nan=0.0))[..., None] + self.LIMIT) / self.WIDTH - starts
+        of_zero = self.LIMIT / self.WIDTH - starts
+        return (climbed.clamp(0, 1) - of_zero.clamp(0, 1)).flatten(1)
 
 
 class Numbers(nn.Module):
@@ -45,9 +45,8 @@ class Numbers(nn.Module):
         super().__init__()
         self.flags = flags
         self.ramps = Ramps()
-        self.layers = nn.Sequential(
-            nn.Linear(numbers * (Ramps.EDGES + flags), outputs), nn.ReLU(), nn.Linear(outputs, outputs), nn.ReLU()
-        )
+        inner = numbers * (Ramps.RAMPS + flags)
+        self.layers = nn.Sequential(nn.Linear(inner, outputs), nn.ReLU(), nn.Linear(outputs, outputs), nn.ReLU())
 
     def forward(self, values: Tensor) -> Tensor:
         parts = [self.ramps(values)]
@@ -58,53 +57,45 @@ class Numbers(nn.Module):
 
 
 class Joint(nn.Module):
-    """From what was found in the images (b, features), and the numbers if there are any, to logits (b, classes)."""
+    """From what was found in the images, and the numbers if there are any, to logits (b, classes).
 
-    def __init__(self, features: int, numbers: int, classes: int, flags: bool) -> None:
+    Each part is brought to mean 0 and variance 1 over its own features (LayerNorm, so nothing depends on the other cases
+    of a batch): else the part with the largest values drowns the others, and what depends on two of them is not learnt.
+    """
+
+    def __init__(self, features: list[int], flags: int, numbers: int, classes: int, flag_numbers: bool) -> None:
         super().__init__()
-        self.numbers = Numbers(numbers, JOINT // 2, flags) if numbers else None
-        inner = features + (JOINT // 2 if numbers else 0)
-        self.layers = nn.Sequential(nn.Linear(inner, JOINT), nn.ReLU(), nn.Linear(JOINT, classes))
+        self.numbers = Numbers(numbers, JOINT // 2, flag_numbers) if numbers else None
+        sizes = [*features, JOINT // 2] if numbers else features
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes)
+        self.layers = nn.Sequential(nn.Linear(sum(sizes) + flags, JOINT), nn.ReLU(), nn.Linear(JOINT, classes))
 
-    def forward(self, features: Tensor, values: Tensor | None = None) -> Tensor:
+    def forward(self, found: list[Tensor], absent: Tensor, values: Tensor | None = None) -> Tensor:
+        """``found`` (b, features) of each encoder; ``absent`` (b, flags), 1 where its image is missing: zeros count."""
         if self.numbers is not None:
-            features = torch.cat([features, self.numbers(values)], 1)
-        logits: Tensor = self.layers(features)
+            found = [*found, self.numbers(values)]
+        parts = [norm(part) for norm, part in zip(self.norms, found, strict=True)]
+        for k in range(absent.shape[1]):
+            parts[k] = parts[k] * (1 - absent[:, k : k + 1])
+        logits: Tensor = self.layers(torch.cat([*parts, absent], 1))
         return logits
 
 
-class Early(nn.Module):
-    """One network over the stacked images; the numbers meet what it found."""
+class Fused(nn.Module):
+    """One network over all images of a case (early fusion), or one for each (late), and what joins them."""
 
-    def __init__(self, encoder: nn.Module, head: Joint) -> None:
-        super().__init__()
-        self.encoders = nn.ModuleList([encoder])
-        self.head = head
-
-    def forward(self, images: Tensor, values: Tensor | None = None) -> Tensor:
-        """(b, channels, size, size), see ``cases.images_of_cases``, and (b, numbers) -> (b, classes)."""
-        logits: Tensor = self.head(self.encoders[0](images), values)
-        return logits
-
-
-class Late(nn.Module):
-    """A network for each image of a case; what was found in an image that is missing counts as zeros."""
-
-    def __init__(self, encoders: list[nn.Module], channels: int, flags: bool, head: Joint) -> None:
+    def __init__(self, encoders: list[nn.Module], channels: int, head: Joint) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
-        self.channels, self.flags = channels, flags
+        self.channels = channels  # that each encoder takes
         self.head = head
 
     def forward(self, images: Tensor, values: Tensor | None = None) -> Tensor:
         """(b, channels, size, size), see ``cases.images_of_cases``, and (b, numbers) -> (b, classes)."""
-        count = len(self.encoders)
-        absent = images[:, count * self.channels :, 0, 0]
-        found = []
-        for k, encoder in enumerate(self.encoders):
-            features = encoder(images[:, k * self.channels : (k + 1) * self.channels])
-            found.append(features * (1 - absent[:, k : k + 1]) if self.flags else features)
-        logits: Tensor = self.head(torch.cat([*found, absent], 1), values)
+        parts = images.split(self.channels, 1)
+        found = [encoder(part) for encoder, part in zip(self.encoders, parts, strict=False)]
+        absent = images[:, len(found) * self.channels :, 0, 0]
+        logits: Tensor = self.head(found, absent, values)
         return logits
 
 
@@ -124,11 +115,10 @@ def stacked_channels(job: Job) -> int:
 def fuse(job: Job, networks: list[nn.Module], last: str) -> nn.Module:
     """Networks of ``MODELS`` put together, one for early fusion, else one per image; ``last`` names the last layer."""
     features = [_without_last(network, last) for network in networks]
-    flags, count = flagged(job), len(job.modalities)
     late = job.model.fusion == "late"
-    inner = sum(features) + (count if late and flags else 0)
-    head = Joint(inner, len(job.tabular), len(job.classes), flags)
-    return Late(networks, job.data.channels, flags, head) if late else Early(networks[0], head)
+    flags = len(job.modalities) if late and flagged(job) else 0
+    head = Joint(features, flags, len(job.tabular), len(job.classes), flagged(job))
+    return Fused(networks, job.data.channels if late else stacked_channels(job), head)
 
 
 def _without_last(network: nn.Module, last: str) -> int:

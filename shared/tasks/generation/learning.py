@@ -87,7 +87,7 @@ def collect(model: Gan, data: Dataset, job: Job, device: torch.device) -> Sums:
         separation = Separation(samples.features.numpy()) if job.model.conditional else None
         counts = torch.zeros(kinds, dtype=torch.int64)
         for images, truth in _batches(data, job, device):
-            found = _features(model, images)
+            found = features_of(model, images)
             features += found.sum(0).numpy()
             pairs += upper((found.T @ found).numpy())
             counts += torch.bincount(truth if kinds > 1 else torch.zeros_like(truth), minlength=kinds)
@@ -118,7 +118,7 @@ def _batches(data: Dataset, job: Job, device: torch.device) -> Iterator[tuple[Te
         yield images, classes.cpu()
 
 
-def _features(model: Gan, images: Tensor) -> Tensor:
+def features_of(model: Gan, images: Tensor) -> Tensor:
     """The means over the image of the reference's last channels, float64 (n, FEATURES) on the CPU; none is negative."""
     found: Tensor = model.get_submodule("reference.features")(images)
     return found[:, :FEATURES].double().cpu()
@@ -141,7 +141,7 @@ def make_samples(model: Gan, job: Job, device: torch.device) -> Samples:
     classes = [kind for kind in range(kinds) for _ in range(per_kind)]
     for pictures in make_pictures(model, job, classes, derived_seed(job.seed, "samples"), device):
         rows.append(thumbnails(pictures))
-        features.append(_features(model, normalise(pictures, job)))
+        features.append(features_of(model, normalise(pictures, job)))
     return Samples(*(torch.cat(parts).reshape(kinds, per_kind, -1) for parts in (rows, features)))
 
 

@@ -48,13 +48,13 @@ def job_of(**more: Any) -> Job:
         "model.width": 8,
         "train.batch_size": 16,
         "train.learning_rate": 0.01,
-        "federation.rounds": 120,
+        "federation.rounds": 60,
     }
     return job_from_flat(flat | BOTH | {key.replace("__", "."): value for key, value in more.items()})
 
 
 class Facts:
-    """Four independent facts of each of n cases: a spot in either image, an age above 60, a sex."""
+    """Four independent facts of each of n cases: stripes in either image, an age above 60, a sex."""
 
     def __init__(self, n: int, seed: int) -> None:
         self.generator = np.random.default_rng(seed)
@@ -62,11 +62,10 @@ class Facts:
         self.ages = np.where(self.old, self.generator.uniform(62, 90, n), self.generator.uniform(20, 58, n)).round()
 
     def picture(self, spot: bool) -> np.ndarray:
-        """uint8 (SIZE, SIZE): noise, with a bright spot somewhere or without."""
+        """uint8 (SIZE, SIZE): noise, with stripes of random place or without."""
         pixels = self.generator.integers(60, 120, (SIZE, SIZE))
-        row, column = self.generator.integers(2, SIZE - 5, 2)
-        pixels[row : row + 3, column : column + 3] += 120 * spot
-        return pixels.astype(np.uint8)
+        stripes = (np.arange(SIZE) + self.generator.integers(4)) % 4 < 2
+        return (pixels + 120 * spot * stripes).astype(np.uint8)
 
 
 LABELS: dict[str, Callable[[Facts], Any]] = {
@@ -99,11 +98,11 @@ def cases(n: int, label: str, seed: int = 0) -> Dataset:
     return Dataset.of(samples, image=images)
 
 
-def auroc(job: Job, label: str, data: Callable[[Dataset], Dataset] = lambda data: data) -> float:
-    """AUROC on new cases after the job's training on 256; ``data`` may change both."""
+def auroc(job: Job, label: str, n: int = 256, data: Callable[[Dataset], Dataset] = lambda data: data) -> float:
+    """AUROC on new cases after the job's training on n; ``data`` may change both."""
     model = build_model(job)
     steps = job.federation.rounds
-    known = data(cases(256, label))
+    known = data(cases(n, label))
     train(model, task, known, job, site="a", first_step=0, steps=steps, class_weights=[1.0, 1.0])
     return summarise(collect(model, data(cases(200, label, seed=1)), job, CPU), job)["auroc"].value
 
@@ -111,7 +110,9 @@ def auroc(job: Job, label: str, data: Callable[[Dataset], Dataset] = lambda data
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("fusion", ["early", "late"])
 def test_the_label_is_learnt_wherever_it_is_hidden(fusion: str, label: str) -> None:
-    assert auroc(job_of(model__fusion=fusion), label) > 0.95
+    hard = "but not both" in label  # neither part alone says anything
+    more = {"train__batch_size": 64, "train__learning_rate": 0.002, "federation__rounds": 200} if hard else {}
+    assert auroc(job_of(model__fusion=fusion, **more), label, 1024 if hard else 256) > 0.95
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -122,8 +123,8 @@ def test_one_image_alone_cannot_tell(label: str) -> None:
         samples = [dataclasses.replace(sample, paths=(), values=()) for sample in data.samples]
         return Dataset.of(samples, image=[data.columns["image"][k][:1] for k in range(len(data))])
 
-    job = job_of(data__modalities="", data__tabular="", federation__rounds=60)
-    assert 0.35 < auroc(job, label, first) < 0.65
+    job = job_of(data__modalities="", data__tabular="")
+    assert 0.35 < auroc(job, label, 256, first) < 0.65
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ NUMBERS = st.floats(-1e6, 1e6)
 
 def ramps(values: Sequence[float]) -> Tensor:
     found: Tensor = Ramps()(torch.tensor([list(values)], dtype=torch.float64))
-    return found.view(len(values), Ramps.EDGES)
+    return found.view(len(values), Ramps.RAMPS)
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=4))
@@ -143,7 +144,8 @@ def test_ramps_are_those_of_the_slow_way(values: list[float]) -> None:
         expected = []
         for k in range(40):
             low = -10 + 0.5 * k
-            expected.append(0.0 if place <= low else 1.0 if place >= low + 0.5 else (place - low) / 0.5)
+            climbed = 0.0 if place <= low else 1.0 if place >= low + 0.5 else (place - low) / 0.5
+            expected.append(climbed - (1.0 if low < 0 else 0.0))
         assert row == pytest.approx(expected, abs=1e-9)
 
 
@@ -242,7 +244,7 @@ def test_a_table_gives_each_case_its_images_and_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("without", ["path:lateral", "age"])
 def test_a_site_that_lacks_a_column_is_refused_or_filled_as_the_job_says(without: str, tmp_path: Path) -> None:
     site = write_site(tmp_path / "a", without=without)
-    with pytest.raises(SiteRefusal, match=f"labels.csv: has no column {without};.*data.missing = 'zero'") as caught:
+    with pytest.raises(SiteRefusal, match=rf"labels\.csv: has no column {without};.*data\.missing = 'zero'") as caught:
         read_samples(site, job_of())
     assert caught.value.code == "missing-modality"
     samples = read_samples(site, job_of(data__missing="zero"))
@@ -383,15 +385,15 @@ def inputs(job: Job, n: int = 4, seed: int = 0) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", FUSIONS)
-@pytest.mark.parametrize("name", ["cnn", "resnet18", "densenet121"])
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
 def test_every_network_can_be_fused_learns_a_fixed_batch_and_is_exported(name: str, kind: dict[str, Any]) -> None:
-    job = job_of(model__name=name, data__size=32, data__channels=3 if "data__tabular" in kind else 1, **kind)
+    job = job_of(model__name=name, data__channels=3 if "data__tabular" in kind else 1, **kind)
     model = build_model(job)
     images, *values = inputs(job)
     batch = Batch(images, [(k % 2,) for k in range(4)], values[0] if values else None)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     found = []
-    for _ in range(4):
+    for _ in range(3):
         optimizer.zero_grad()
         loss = step(model, batch, job, [1.0, 1.0])
         loss.backward()
@@ -534,7 +536,7 @@ def test_a_site_without_the_second_image_trains_along_if_the_job_fills_and_is_le
     filled = run(job, tmp_path / "data", tmp_path / "filled", workers=1).scores["federated"]
     assert set(filled["sites"]) == {"bare", "whole"}
     assert filled["dropped"] == []
-    assert filled["sites"]["whole"]["auroc"][0] > 0.9
+    assert filled["sites"]["whole"]["auroc"] > 0.9
     refused = run(
         job.replace(data__missing="refuse", federation__rounds=1), tmp_path / "data", tmp_path / "refused", workers=1
     ).scores["federated"]

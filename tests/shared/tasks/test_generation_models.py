@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_every_size_a_job_may_ask_for(size: int, channels: int, conditional: boo
     lengths = sides(size)
     assert lengths[-1] == size
     assert lengths[0] in range(4, 9)
-    assert all(small == -(-large // 2) for small, large in zip(lengths, lengths[1:], strict=False))
+    assert all(small == -(-large // 2) for small, large in pairwise(lengths))
 
 
 def test_the_class_changes_the_picture_and_the_score_only_of_a_conditional_model() -> None:
