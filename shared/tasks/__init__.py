@@ -18,16 +18,19 @@
     predict(model, data, job, device) -> one Prediction each   predict.py
     write(predictions, site, job, out) -> list[Path]           predict.py
 
-``MODELS`` in models.py is the registry: each entry has ``build(job)`` and ``no_export``, why torch.export cannot take the
-network, or "" where it can.
+``MODELS`` in models.py is the registry: each entry has ``build(job)`` and ``no_export``, why torch.export cannot take
+the network, or "" where it can.
 
-Some verbs a task has only where they mean something: ``reference(job) -> Job``, a job whose model is trained first and is
-the measure of this one (models.py); ``show(model, job) -> {name: picture}``, what the server can draw from the model
-alone (learning.py); ``generate`` instead of a prediction (predict.py); ``find(path, job) -> [Sample]``, the unlabelled
-cases in a folder or file where a case is not one image file, with paths relative to the folder, or to that of the file
-(predict.py; see ``shared.samples.find_images``); ``explainable(model, data, job, device, name) -> Explainable``, the
-score of class ``name``, or of the likeliest, for the first case of ``data`` (explain.py); or ``draw(picture, prediction,
-job) -> picture``, where a prediction is seen best in the image itself (predict.py).
+Some verbs a task has only where they mean something:
+
+    reference(job) -> Job        a job whose model is trained first and is the measure of this one; models.py
+    show(model, job) -> {name: picture}      what the server can draw from the model alone; learning.py
+    generate(…)                  instead of a prediction; predict.py
+    find(path, job) -> [Sample]  the unlabelled cases in a folder or file, where a case is not one image file, with paths
+                                 relative to the folder, or to that of the file; predict.py, see samples.find_images
+    explainable(model, data, job, device, name) -> Explainable   the score of class ``name``, or of the likeliest, for
+                                 the first case of ``data``; explain.py
+    draw(picture, prediction, job) -> picture    where a prediction is best seen in the image itself; predict.py
 
 ``sums`` is a flat dict of ints, floats and lists of them, none negative, that adds up over sites (see ``add_sums``);
 its ``n`` is the number of samples.

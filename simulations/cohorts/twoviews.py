@@ -2,12 +2,12 @@
 
 A nodule behind the heart is lost in its shadow in the frontal view (PA) and stands free in the lateral one; a nodule
 beside the spine is the other way round. So a network that sees one view misses about half of them. They are also more
-frequent in the old: age tells a little, sex nothing. The last hospital has no lateral views, and its table no column for
-them.
+frequent in the old: age tells a little, sex nothing. The last hospital has no lateral views, and its table has no
+column for them.
 
-The chest is a few ellipsoids in millimetres (x to the patient's left, y down, z to the back); each view is the length of
-the rays in them. Every random number comes from a stream named by (seed, site, split, patient): the same arguments give
-the same bytes, and more patients leave the earlier ones as they were.
+The chest is a few ellipsoids in millimetres (x to the patient's left, y down, z to the back); each view is the length
+of the rays in them. Every random number comes from a stream named by (seed, site, split, patient): the same arguments
+give the same bytes, and more patients leave the earlier ones as they were.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _expose(rng: np.random.Generator, machine: Scanner, shown: Values) -> NDArra
     """What the machine makes of it: grey values 0..1, blurred, with noise, contrast and brightness of its own."""
     grain = rng.normal(0, machine.noise, shown.shape)
     image = gaussian_filter(shown, machine.blur) * machine.gain * rng.normal(1, 0.03) + machine.offset + grain
-    return np.clip(image, 0, 1).astype(np.float32)
+    seen: NDArray[np.float32] = np.clip(image, 0, 1).astype(np.float32)
+    return seen
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

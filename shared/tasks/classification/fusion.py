@@ -59,8 +59,9 @@ class Numbers(nn.Module):
 class Joint(nn.Module):
     """From what was found in the images, and the numbers if there are any, to logits (b, classes).
 
-    Each part is brought to mean 0 and variance 1 over its own features (LayerNorm, so nothing depends on the other cases
-    of a batch): else the part with the largest values drowns the others, and what depends on two of them is not learnt.
+    Each part is brought to mean 0 and variance 1 over its own features (LayerNorm, so nothing depends on the other
+    cases of a batch): else the part with the largest values drowns the others, and what depends on two of them is
+    learnt late or not at all.
     """
 
     def __init__(self, features: list[int], flags: int, numbers: int, classes: int, flag_numbers: bool) -> None:
@@ -92,8 +93,11 @@ class Fused(nn.Module):
 
     def forward(self, images: Tensor, values: Tensor | None = None) -> Tensor:
         """(b, channels, size, size), see ``cases.images_of_cases``, and (b, numbers) -> (b, classes)."""
-        parts = images.split(self.channels, 1)
-        found = [encoder(part) for encoder, part in zip(self.encoders, parts, strict=False)]
+        starts = range(0, len(self.encoders) * self.channels, self.channels)
+        found = [
+            encoder(images[:, start : start + self.channels])
+            for encoder, start in zip(self.encoders, starts, strict=True)
+        ]
         absent = images[:, len(found) * self.channels :, 0, 0]
         logits: Tensor = self.head(found, absent, values)
         return logits

@@ -524,7 +524,7 @@ def test_sums_of_two_sites_are_those_of_all_cases_together() -> None:
     assert "missing" not in collect(build_model(job_of()), data.subset("none"), job_of(), CPU)
 
 
-def test_a_site_without_the_second_image_trains_along_if_the_job_fills_and_is_left_out_if_it_refuses(
+def test_a_site_without_the_second_image_trains_along_if_the_job_fills_and_is_refused_if_it_does_not(
     tmp_path: Path,
 ) -> None:
     """Real files, processes and server. The label is in the second image: the first site alone can teach it."""
@@ -537,10 +537,8 @@ def test_a_site_without_the_second_image_trains_along_if_the_job_fills_and_is_le
     assert set(filled["sites"]) == {"bare", "whole"}
     assert filled["dropped"] == []
     assert filled["sites"]["whole"]["auroc"] > 0.9
-    refused = run(
-        job.replace(data__missing="refuse", federation__rounds=1), tmp_path / "data", tmp_path / "refused", workers=1
-    ).scores["federated"]
-    assert set(refused["sites"]) == {"whole"}
+    with pytest.raises(UserError, match=r"site bare: .*labels\.csv: has no column path:lateral"):
+        run(job.replace(data__missing="refuse"), tmp_path / "data", tmp_path / "refused", workers=1)
 
 
 def test_cases_of_a_table_are_predicted_without_labels(tmp_path: Path) -> None:
