@@ -26,7 +26,7 @@ Some verbs a task has only where they mean something:
     reference(job) -> Job        a job whose model is trained first and is the measure of this one; models.py
     show(model, job) -> {name: picture}      what the server can draw from the model alone; learning.py
     generate(…)                  instead of a prediction; predict.py
-    find(path, job) -> [Sample]  the unlabelled cases in a folder or file, where a case is not one image file, with paths
+    find(path, job) -> [Sample]  the unlabelled cases in a folder or file, where a case is not one image file, paths
                                  relative to the folder, or to that of the file; predict.py, see samples.find_images
     explainable(model, data, job, device, name) -> Explainable   the score of class ``name``, or of the likeliest, for
                                  the first case of ``data``; explain.py

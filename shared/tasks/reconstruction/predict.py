@@ -48,7 +48,7 @@ def write(predictions: Iterable[tuple[Sample, Prediction]], site: SiteData, job:
     folder.mkdir(parents=True, exist_ok=True)
     table = out / "scores.csv"
     files = [table]
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with table.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["path", "frame", "key", "box", "score", "psnr", "ssim", "picture"])
         for number, (sample, found) in enumerate(predictions, start=1):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+_CORE = 0.5  # share of the greatest depth from which on a pixel is in the core of an object; chosen on nuclei
+
 
 class Overlap(NamedTuple):
     """Pixels in both masks, in the predicted and in the true one, int64 (classes,): background is left out."""
@@ -71,9 +73,36 @@ class Objects(NamedTuple):
 
 
 def find_objects(mask: np.ndarray) -> np.ndarray:
-    """Number the connected parts of a bool mask from 1, int32; pixels that touch at a corner only are not connected."""
+    """Number the objects of a bool mask from 1, int32: its connected parts, parted once more at their necks.
+
+    The core of an object is what lies deeper in its part than half of the part's greatest depth, depth being the distance
+    to the nearest pixel outside the mask, smoothed by a pixel so that rough edges do not count. A part with several
+    cores is several objects that touch; its pixels go to the nearest core. Nothing depends on the size of the objects,
+    and every connected part keeps at least one: small ones are not dropped.
+    """
+    parts = _connected(mask)
+    if not parts.any():
+        return parts
+    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), 1)
+    deepest = np.concatenate([[0], ndimage.maximum(depth, parts, np.arange(1, parts.max() + 1))])
+    cores = _connected(mask & (depth > _CORE * deepest[parts]))
+    objects = _nearest(mask, cores)
+    for number in np.unique(parts[mask & (_nearest(mask, np.where(cores > 0, parts, 0)) != parts)]):
+        part = parts == number  # a part so thin that the core of a neighbour is nearer than its own
+        objects[part] = _nearest(part, np.where(part, cores, 0))[part]
+    return objects
+
+
+def _connected(mask: np.ndarray) -> np.ndarray:
+    """The connected parts, numbered; pixels that touch at a corner only are not connected."""
     labels: np.ndarray = ndimage.label(mask)[0]
     return labels.astype(np.int32)
+
+
+def _nearest(mask: np.ndarray, marked: np.ndarray) -> np.ndarray:
+    """For each pixel of the mask the number of the nearest marked pixel; 0 outside."""
+    where = ndimage.distance_transform_edt(marked == 0, return_distances=False, return_indices=True)
+    return np.where(mask, marked[tuple(where)], 0).astype(np.int32)
 
 
 def match_objects(predicted: np.ndarray, truth: np.ndarray) -> Objects:

@@ -307,11 +307,11 @@ def test_subsets_and_batches_are_plain_indexing(n: int, draw: st.DataObject) -> 
         assert part.whole is part.subset(split).whole is data.whole is data
         if keep:
             chosen = draw.draw(st.lists(st.integers(0, len(keep) - 1), min_size=1, max_size=8))
-            images, targets = module.batch(part, chosen, job, torch.device("cpu"), train=False)
+            batch = module.batch(part, chosen, job, torch.device("cpu"), train=False)
             expected = whole[[keep[k] for k in chosen]].astype(np.float32) / 65535
-            assert np.allclose(images.numpy() * 0.25 + 0.5, expected, atol=1e-7)
-            assert images.dtype.is_floating_point
-            assert targets == [data.samples[keep[k]].target for k in chosen]
+            assert np.allclose(batch.images.numpy() * 0.25 + 0.5, expected, atol=1e-7)
+            assert batch.images.dtype.is_floating_point
+            assert batch.targets == [data.samples[keep[k]].target for k in chosen]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4))

@@ -51,7 +51,7 @@ def picture(kind: str, channels: int, size: int, generator: np.random.Generator)
 def _cases(job: Job, n: int) -> list[tuple[str, str]]:
     """Kind and split of n images; two thirds are normal, anomalies come in every split."""
     kinds = ("plain", "plain", "spot", "plain", "plain", "stripes")
-    return [(kinds[k % 6], _SPLITS[k // 6 % 4]) for k in range(n)]
+    return [(kinds[k % 6], _SPLITS[(k + k // 12) % 4]) for k in range(n)]
 
 
 def make(job: Job, n: int, seed: int = 0) -> Dataset:

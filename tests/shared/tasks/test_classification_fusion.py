@@ -300,7 +300,7 @@ def test_class_folders_hold_no_composed_cases(tmp_path: Path) -> None:
         read_samples(site, job_of())
     with pytest.raises(UserError, match="come in a table"):
         check(job_of(data__format="folder"))
-    with pytest.raises(UserError, match="name them in data.modalities"):
+    with pytest.raises(UserError, match=r"name them in data\.modalities"):
         check(job_of(data__modalities="", model__fusion="late"))
 
 
