@@ -119,8 +119,8 @@ def draw(number: int, split: str, patient: int, seed: int) -> Exam:
     lesion = np.exp(rng.uniform(*np.log(_BRIGHTNESS))) * _course(times, arrival, rng.uniform(0.15, 0.35), rate)
     tissue = rng.uniform(0.03, 0.10) * _course(times, arrival, rng.uniform(0.5, 1.5), rng.normal(0.02, 0.02))
     mask = _lesion(rng)
-    before = rng.uniform(0.10, 0.20) * _texture(rng, 2.5, 0.35)  # without the agent
-    around = tissue[:, None, None] * (1 - mask) * _texture(rng, 2.0, 0.3)
+    before = rng.uniform(0.10, 0.20) * _texture(rng, 2.5, 0.2)  # without the agent
+    around = tissue[:, None, None] * (1 - mask) * _texture(rng, 2.0, 0.2)
     signal = before + around + lesion[:, None, None] * mask * _texture(rng, 1.0, 0.2)
     signal *= machine.gain * rng.uniform(0.9, 1.1)
     noise = rng.normal(0, machine.noise, (2, *signal.shape))
