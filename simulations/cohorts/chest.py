@@ -6,11 +6,10 @@ they were. The label decides on one thing only: whether `anatomy.draw_chest` is 
 """
 
 import csv
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from pydicom.uid import (
 from scipy.ndimage import gaussian_filter, uniform_filter  # type: ignore[import-untyped,unused-ignore]
 
 from simulations.cohorts.anatomy import Canvas, Habitus, Pose, draw_chest, draw_opacity, draw_patient
+from simulations.cohorts.folder import Progress, check_arguments, write_cohort
 from simulations.cohorts.texture import Image
 
 GENERATOR = "chest phantom 1"  # goes into README.txt and the headers; raise it when the pictures change
@@ -135,51 +135,19 @@ def make(
     sites: int = 3,
     patients: int = 60,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write a cohort of `patients` per hospital and give back the hospitals' folders.
 
     The whole cohort appears at once or not at all. A cohort that is there already from the same arguments is left
     as it is; any other non-empty folder is refused with a ValueError. `progress` hears (patients done, of all).
     """
-    if sites < 1 or patients < 1 or seed < 0:
-        raise ValueError("sites and patients must be at least 1 and the seed at least 0")
-    directory = Path(directory)
-    scanners = [scanner(number, seed) for number in range(sites)]
-    folders = [directory / machine.name for machine in scanners]
-    readme = _readme(sites, patients, seed)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if _is_cohort(directory, readme, folders):
-            return folders
-        raise ValueError(
-            f"{directory} is not empty and holds no cohort made with --sites {sites} --patients {patients} "
-            f"--seed {seed}: name a new folder, or remove this one first"
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        for number, machine in enumerate(scanners):
-            for index, _ in enumerate(_write_site(partial / machine.name, machine, number, patients, seed)):
-                if progress is not None:
-                    progress(number * patients + index + 1, sites * patients)
-        (partial / "README.txt").write_text(readme, encoding="utf-8", newline="\n")
-        if directory.exists():
-            directory.rmdir()  # empty, as seen above; a rename onto a folder fails on some systems
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folders
-
-
-def _is_cohort(directory: Path, readme: str, folders: list[Path]) -> bool:
-    """Whether the folder is what the same arguments wrote before: its README says so, and the hospitals are there."""
-    note = directory / "README.txt"
-    if not note.is_file() or note.read_bytes() != readme.encode("utf-8"):
-        return False
-    return all((folder / "labels.csv").is_file() and (folder / "site.toml").is_file() for folder in folders)
+    check_arguments(sites, patients, seed)
+    writers = {
+        machine.name: partial(_write_site, machine=machine, number=number, patients=patients, seed=seed)
+        for number, machine in enumerate(scanner(number, seed) for number in range(sites))
+    }
+    return write_cohort(directory, _readme(sites, patients, seed), writers, sites * patients, progress)
 
 
 def _readme(sites: int, patients: int, seed: int) -> str:

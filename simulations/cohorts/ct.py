@@ -16,8 +16,9 @@ bytes, a hospital does not depend on how many others there are, and more patient
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter1d  # type: ignore[impo
 
 from simulations.cohorts.body import CLASSES, Build, Field, Patient, draw_abdomen, draw_patient, grid
 from simulations.cohorts.ct_files import GENERATOR, Scan, write_frames, write_nifti_pair, write_series
-from simulations.cohorts.folder import write_cohort
+from simulations.cohorts.folder import Progress, check_arguments, write_cohort
 
 _BODY, _EXPOSURE, _SCANNER = range(3)  # purposes of the random streams
 _FINE = 2  # slices are drawn so many times thinner, then averaged: partial volume
@@ -113,33 +114,27 @@ def make(
     sites: int = 3,
     patients: int = 40,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write a cohort of `patients` per hospital and give back the hospitals' folders.
 
     The whole cohort appears at once or not at all. A cohort that is there already from the same arguments is left
     as it is; any other non-empty folder is refused with a ValueError. `progress` hears (patients done, of all).
     """
-    if sites < 1 or patients < 1 or seed < 0:
-        raise ValueError("sites and patients must be at least 1 and the seed at least 0")
-    scanners = [scanner(number, seed) for number in range(sites)]
-    again = f"--kind ct --sites {sites} --patients {patients} --seed {seed}"
-
-    def write(folder: Path) -> None:
-        for number, machine in enumerate(scanners):
-            for index, _ in enumerate(_write_site(folder / machine.name, machine, number, patients, seed)):
-                if progress is not None:
-                    progress(number * patients + index + 1, sites * patients)
-
-    return write_cohort(directory, _readme(again), [machine.name for machine in scanners], write, again)
+    check_arguments(sites, patients, seed)
+    writers = {
+        machine.name: partial(_write_site, machine=machine, number=number, patients=patients, seed=seed)
+        for number, machine in enumerate(scanner(number, seed) for number in range(sites))
+    }
+    return write_cohort(directory, _readme(sites, patients, seed), writers, sites * patients, progress)
 
 
-def _readme(again: str) -> str:
+def _readme(sites: int, patients: int, seed: int) -> str:
     """What README.txt says."""
     return (
         "Synthetic CT scans. No patient is behind any of these images: they are drawn by a program, and names, dates\n"
         "and hospitals are invented. They are for tests and demonstrations, not for medical use.\n\n"
-        f"command:   consilium cohort make DIR {again}\n"
+        f"command:   consilium cohort make DIR --kind ct --sites {sites} --patients {patients} --seed {seed}\n"
         f"generator: {GENERATOR}\n\n"
         "One folder per hospital: scans, masks, labels.csv (path,mask,patient,split) and site.toml. The hospitals\n"
         "differ in scanner, phase of contrast agent, patients, file format and names or numbers of the classes,\n"

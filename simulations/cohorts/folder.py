@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-README = "README.txt"
+README = "README.txt"  # what it says is also the mark by which the same arguments are known again
+
+Progress = Callable[[int, int], None]  # hears (patients done, of all)
+Writer = Callable[[Path], Iterable[object]]  # fills the folder of a hospital, one step per patient
+
+
+def check_arguments(sites: int, patients: int, seed: int) -> None:
+    """Raises ValueError for numbers no cohort can be made of."""
+    if sites < 1 or patients < 1 or seed < 0:
+        raise ValueError("sites and patients must be at least 1 and the seed at least 0")
 
 
 def write_cohort(
-    directory: Path, readme: str, sites: Sequence[str], write: Callable[[Path], None], again: str
+    directory: Path, readme: str, writers: Mapping[str, Writer], patients: int, progress: Progress | None = None
 ) -> list[Path]:
-    """Let ``write`` fill a new folder, and give back the sites' folders in it.
+    """Let the ``writers`` fill a folder each, named as their keys, and give these folders back.
 
     The whole cohort appears at once or not at all. One that is there already, of the same ``readme``, is left as it is.
 
     Args:
-        readme: what README.txt says; it holds the arguments, and is the mark by which they are known again.
-        sites: the names of the folders, each with a labels.csv and a site.toml.
-        again: the arguments as the command line has them, for the error.
+        readme: what README.txt says; a line of it, ``command: …``, holds the arguments.
+        writers: each writes a labels.csv and a site.toml, too.
+        patients: of all hospitals together, for ``progress``.
 
     Raises:
         ValueError: the folder holds something else.
     """
     directory = Path(directory)
-    folders = [directory / name for name in sites]
+    folders = [directory / name for name in writers]
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         if _is_cohort(directory, readme, folders):
             return folders
+        again = next((line for line in readme.splitlines() if line.startswith("command:")), "the same command")
         raise ValueError(
-            f"{directory} is not empty and holds no cohort made with {again}: "
+            f"{directory} is not empty and holds no cohort made by {again.removeprefix('command:').strip()}: "
             "name a new folder, or remove this one first"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +49,7 @@ def write_cohort(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        write(partial)
+        _fill(partial, writers, patients, progress)
         (partial / README).write_text(readme, encoding="utf-8", newline="\n")
         if directory.exists():
             directory.rmdir()  # empty, as seen above; a rename onto a folder fails on some systems
@@ -50,7 +60,16 @@ def write_cohort(
     return folders
 
 
-def _is_cohort(directory: Path, readme: str, folders: Sequence[Path]) -> bool:
+def _fill(folder: Path, writers: Mapping[str, Writer], patients: int, progress: Progress | None) -> None:
+    done = 0
+    for name, write in writers.items():
+        for _ in write(folder / name):
+            done += 1
+            if progress is not None:
+                progress(done, patients)
+
+
+def _is_cohort(directory: Path, readme: str, folders: Iterable[Path]) -> bool:
     """Whether the folder is what the same arguments wrote before: its README says so, and the hospitals are there."""
     note = directory / README
     if not note.is_file() or note.read_bytes() != readme.encode("utf-8"):

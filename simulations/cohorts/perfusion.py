@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from pydicom.uid import (
 from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped,unused-ignore]
 
 from shared.cases import SPLITS
-from simulations.cohorts.whole import README, write_whole
+from simulations.cohorts.folder import README, Progress, check_arguments, write_cohort
 
 GENERATOR = "perfusion phantom 1"  # goes into README.txt and the headers; raise it when the scans change
 LABELS = ("persistent", "washout")
@@ -167,7 +168,7 @@ def make(
     sites: int = 4,
     patients: int = 600,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write a cohort whose largest site trains on ``patients``, and give back the hospitals' folders.
 
@@ -175,23 +176,14 @@ def make(
     at once or not at all; one that is there from the same arguments is left as it is, any other non-empty folder is
     refused with a ValueError. ``progress`` hears (patients done, of all).
     """
-    if sites < 1 or patients < 1 or seed < 0:
-        raise ValueError("sites and patients must be at least 1 and the seed at least 0")
-    directory = Path(directory)
+    check_arguments(sites, patients, seed)
     machines = [scanner(number, seed) for number in range(sites)]
+    writers = {
+        machine.name: partial(_write_site, number=number, patients=patients, seed=seed)
+        for number, machine in enumerate(machines)
+    }
     total = sum(sum(counts(machine, patients).values()) for machine in machines)
-
-    def write(folder: Path) -> Iterator[None]:
-        done = 0
-        for number, machine in enumerate(machines):
-            for _ in _write_site(folder / machine.name, number, patients, seed):
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                yield
-
-    write_whole(directory, _readme(sites, patients, seed), [machine.name for machine in machines], write)
-    return [directory / machine.name for machine in machines]
+    return write_cohort(directory, _readme(sites, patients, seed), writers, total, progress)
 
 
 def arguments(directory: Path) -> tuple[int, int]:

@@ -13,9 +13,10 @@ give the same bytes, and more patients leave the earlier ones as they were.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittle
 from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped,unused-ignore]
 
 from shared.cases import SPLITS
-from simulations.cohorts.whole import write_whole
+from simulations.cohorts.folder import Progress, check_arguments, write_cohort
 
 GENERATOR = "two-view phantom 1"  # goes into README.txt and the headers; raise it when the pictures change
 VIEWS = ("pa", "lateral")
@@ -179,7 +180,7 @@ def make(
     sites: int = 3,
     patients: int = 200,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write a cohort whose sites train on ``patients`` each, and give back the hospitals' folders.
 
@@ -187,22 +188,13 @@ def make(
     the same arguments is left as it is, any other non-empty folder is refused with a ValueError. ``progress`` hears
     (patients done, of all).
     """
-    if sites < 1 or patients < 1 or seed < 0:
-        raise ValueError("sites and patients must be at least 1 and the seed at least 0")
-    machines = [scanner(number, sites, seed) for number in range(sites)]
+    check_arguments(sites, patients, seed)
+    writers = {
+        machine.name: partial(_write_site, machine=machine, number=number, patients=patients, seed=seed)
+        for number, machine in enumerate(scanner(number, sites, seed) for number in range(sites))
+    }
     total = sites * sum(counts(patients).values())
-
-    def write(folder: Path) -> Iterator[None]:
-        done = 0
-        for number, machine in enumerate(machines):
-            for _ in _write_site(folder / machine.name, machine, number, patients, seed):
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                yield
-
-    write_whole(Path(directory), _readme(sites, patients, seed), [machine.name for machine in machines], write)
-    return [Path(directory) / machine.name for machine in machines]
+    return write_cohort(directory, _readme(sites, patients, seed), writers, total, progress)
 
 
 def _readme(sites: int, patients: int, seed: int) -> str:

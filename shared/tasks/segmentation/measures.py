@@ -75,10 +75,10 @@ class Objects(NamedTuple):
 def find_objects(mask: np.ndarray) -> np.ndarray:
     """Number the objects of a bool mask from 1, int32: its connected parts, parted once more at their necks.
 
-    The core of an object is what lies deeper in its part than half of the part's greatest depth, depth being the distance
-    to the nearest pixel outside the mask, smoothed by a pixel so that rough edges do not count. A part with several
-    cores is several objects that touch; its pixels go to the nearest core. Nothing depends on the size of the objects,
-    and every connected part keeps at least one: small ones are not dropped.
+    The core of an object is what lies deeper in its part than half of the part's greatest depth, depth being the
+    distance to the nearest pixel outside the mask, smoothed by a pixel so that rough edges do not count. A part with
+    several cores is several objects that touch; its pixels go to the nearest core. Nothing depends on the size of
+    the objects, and every connected part keeps at least one: small ones are not dropped.
     """
     parts = _connected(mask)
     if not parts.any():
