@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,18 +40,22 @@ def grad_cam(model: nn.Module, case: Explainable) -> Attribution:
     name, layer = cam_layer(model, case)
     inputs = case.inputs.detach().clone().requires_grad_()
     coarse = LayerGradCam(case.score, layer).attribute(inputs, relu_attributions=True).detach()
-    k, height, width = case.pictures.shape[:3]
-    fine = _enlarged(coarse, k, height, width)
+    fine = enlarged(coarse, case.pictures.shape[:3], case.extent)
     size = " x ".join(map(str, coarse.shape[2:]))
     return Attribution(fine.cpu().numpy(), f"Grad-CAM, maps of {size} of {name}", signed=False)
 
 
-def _enlarged(coarse: Tensor, k: int, height: int, width: int) -> Tensor:
-    """(1 or k, 1, h, w) or (1, 1, d, h, w) as (k, height, width), bilinearly."""
+def enlarged(coarse: Tensor, shape: Sequence[int], extent: tuple[int, ...]) -> Tensor:
+    """(1 or k, 1, h, w) or (1, 1, d, h, w) as ``shape`` (k, height, width), bilinearly.
+
+    A map covers ``extent``, if that is given: what lies beyond the picture, which was padded, is cut off.
+    """
+    k, height, width = shape
     if coarse.ndim == 5:
-        return F.interpolate(coarse, (k, height, width), mode="trilinear", align_corners=False)[0, 0]
-    fine = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[:, 0]
-    return fine.expand(k, height, width)
+        fine = F.interpolate(coarse, extent or (k, height, width), mode="trilinear", align_corners=False)[0, 0]
+        return fine[:k, :height, :width]
+    fine = F.interpolate(coarse, extent or (height, width), mode="bilinear", align_corners=False)[:, 0]
+    return fine[:, :height, :width].expand(k, height, width)
 
 
 def cam_layer(model: nn.Module, case: Explainable) -> tuple[str, nn.Module]:

@@ -27,6 +27,7 @@ from server.report_style import PAGE, SCRIPT, STYLE, THEMES
 from server.report_tables import data, further, job, results, sites, versions
 from server.store import Event, write_text
 from server.wording import metric_name
+from shared.tasks import load_task
 
 HEADINGS = {
     "metric by round": "Validation, round by round",
@@ -160,12 +161,15 @@ def _warnings(record: Record) -> Markup:
     if record.test is None:
         grave.append(Markup("<strong>There is no test result:</strong> the run ended before the final evaluation."))
     grave += _untested(record)
-    small = [_dropped(run, lost) for run, events in runs.items() for lost in lost_replies(events)] + _unreadable(record)
+    told = _notices(record)
+    small = [_dropped(run, lost) for run, events in runs.items() for lost in lost_replies(events)]
+    small += _unreadable(record) + told
     if not grave + small:
         good = "None: every site answered every time, every image could be read, every site was tested."
         return paragraph(good, "good")
     if len(small) > FOLD:
-        summary = esc(f"{_sum_up(record, runs.values())}: see the list below.")
+        more = f", {count(len(told), 'notice')} of what cases lack" if told else ""
+        summary = esc(f"{_sum_up(record, runs.values())}{more}: see the list below.")
         shown = bullets([*grave, summary]) + folded(f"All {len(small)} notices", bullets(small))
     else:
         shown = bullets(grave + small)
@@ -190,6 +194,18 @@ def _unreadable(record: Record) -> list[Markup]:
         if not site["images"]["train"]:
             lines.append(Markup(f"<strong>{esc(site['name'])}</strong> has no training images and does not train."))
     return lines
+
+
+def _notices(record: Record) -> list[Markup]:
+    """What the test cases of a site lack or what was left out of them, where the task has a word on it."""
+    task = load_task(record.job.task)
+    if record.test is None or not hasattr(task, "notices"):
+        return []
+    return [
+        Markup(f"<strong>{esc(site)}</strong>, test {esc(record.case)}s: {esc(text)}.")
+        for site, sums in record.test["sums"].items()
+        for text in task.notices(sums, record.job)
+    ]
 
 
 def _untested(record: Record) -> list[Markup]:

@@ -182,7 +182,11 @@ def anomaly_scores(record: Record) -> go.Figure | None:
     figure = new_figure(340 + 20 * len(order), caption, alt)
     names = [f"{plain(classes[k], 20)}{' (normal)' if k == normal else ''}" for k in order]
     _add_histograms(figure, names, table[order], edges)
-    figure.update_xaxes(title="anomaly score (mean squared error)", type="log", dtick="D2", exponentformat="none")
+    # Named one by one: Plotly writes the 2 and the 5 between powers of ten without their zeros.
+    ticks = [digit * 10.0**power for power in range(round(np.log10(LEAST)), 1) for digit in (1, 2, 5)]
+    figure.update_xaxes(
+        title="anomaly score (mean squared error)", type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]
+    )
     figure.update_yaxes(title=f"share of the {record.case}s")
     return figure
 

@@ -24,7 +24,8 @@ class Explainable:
     (k, h, w) by adding up what belongs to one pixel. ``window`` is the part, shaped like one case, that occlusion
     covers at a time; ``head`` is the prefix of the modules whose maps Grad-CAM does not take. Where the score is that
     of a place, ``region`` bool (k, h, w) is the place and ``where`` says so. ``blank``, shaped like ``inputs``, is the
-    median that stands for nothing to see; None where black and grey do.
+    median that stands for nothing to see; None where black and grey do. ``extent`` is the size that the network's maps
+    cover where it pads its inputs, at their ends, beyond the size they have; empty where it does not.
     """
 
     inputs: Tensor
@@ -39,6 +40,7 @@ class Explainable:
     where: str = ""
     region: np.ndarray | None = None
     blank: Tensor | None = None
+    extent: tuple[int, ...] = ()
 
 
 def log_odds(logits: Tensor, job: Job) -> Tensor:

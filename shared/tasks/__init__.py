@@ -3,7 +3,7 @@
     check(job), raising UserError                              models.py
     build_model(job) -> nn.Module                              models.py
     parts(job) -> (Part, …)                                    models.py
-    head_prefix(job) -> str                                    models.py
+    head_prefix(job) -> str or (str, …)                        models.py
     example(job) -> (Tensor, …), a network's input of one case models.py
     read_samples(site, job) -> list[Sample]                    data.py
     decode(sample, site, job) -> {column: array}               data.py
@@ -23,6 +23,7 @@ the network, or "" where it can.
 
 Some verbs a task has only where they mean something:
 
+    notices(sums, job) -> [str]  what the cases of a site lack or what was left out of them, in words; metrics.py
     reference(job) -> Job        a job whose model is trained first and is the measure of this one; models.py
     show(model, job) -> {name: picture}      what the server can draw from the model alone; learning.py
     generate(…)                  instead of a prediction; predict.py

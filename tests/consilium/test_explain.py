@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -20,6 +21,7 @@ from consilium.attribution import (
     attribute,
     black,
     cam_layer,
+    enlarged,
     grad_cam,
     has_maps,
     integrated_gradients,
@@ -326,6 +328,14 @@ def test_of_several_images_the_one_that_tells_is_shown(fusion: str) -> None:
         assert has_maps(model, case) == (fusion == "early")
 
 
+def test_a_missing_image_is_called_missing() -> None:
+    settings = {"data.classes": "plain,spot", "data.size": 16, "data.modalities": "pa,lateral", "data.missing": "zero"}
+    job = job_from_flat({"model.width": 8} | settings)
+    data = pairs(1, 0)
+    bare = Dataset(data.columns, (dataclasses.replace(data.samples[0], paths=("0-1", "")),))
+    assert task.explainable(task.build_model(job), bare, job, CPU).names == ("pa", "lateral (missing)")
+
+
 def discs(n: int, seed: int) -> tuple[Dataset, Job]:
     module = examples("segmentation")
     job = job_from_flat(
@@ -354,6 +364,24 @@ def test_of_a_segmenter_the_map_lies_on_what_is_found_and_follows_the_weights() 
     drawn = outlined(case, 0)
     assert ((drawn == EDGE).all(2) <= case.region[0]).all()
     assert (drawn == EDGE).all(2).any()
+
+
+def test_a_map_of_a_padded_image_lies_where_its_layer_looked() -> None:
+    """The U-Net pads 17 pixels to 20 and 33 to 36, at their ends; a map of the padded image is not squeezed into it."""
+    module, job = load_task("segmentation"), discs(1, 0)[1]
+    row = assemble(np.full((1, 17, 33), 0.2), np.zeros((17, 33), np.uint8), np.ones(2), (17, 33), job)
+    data = Dataset.of([Sample("a", (), "", "test")], **{name: [value] for name, value in row.items()})
+    model = module.build_model(job).eval()
+    case = module.explainable(model, data, job, CPU)
+    assert case.extent == (20, 36)
+    assert grad_cam(model, case).maps.shape == (1, 17, 33)
+    coarse = torch.zeros(1, 1, 5, 9)
+    coarse[0, 0, 2, 6] = 1  # of pixels 8 to 11 and 24 to 27
+    fine = enlarged(coarse, (1, 17, 33), case.extent)[0]
+    assert sorted(map(tuple, (fine == fine.max()).nonzero().tolist())) == [(y, x) for y in (9, 10) for x in (25, 26)]
+    deep = enlarged(coarse[:, :, None], (3, 17, 33), (4, 20, 36))
+    assert deep.shape == (3, 17, 33)
+    assert torch.equal(deep[0] == deep.max(), fine == fine.max())
 
 
 def test_of_an_image_too_large_for_one_pass_the_part_with_the_finding_is_explained() -> None:

@@ -338,6 +338,22 @@ def test_counts_of_boxes_are_called_boxes(boxes: Folder) -> None:
     assert [f"{name}, training boxes" for name in boxes.job.classes] == head[4:6]
 
 
+def test_what_was_left_out_of_a_sites_cases_or_is_missing_there_is_said(tmp_path: Path) -> None:
+    run = Folder(tmp_path / "boxes", "detection", "fasterrcnn_small")
+    run.sums["b"] |= {"dropped": 3}
+    assert "b , test images: 3 boxes were left out, less than 2 pixels wide or high" in text_of(page_of(run.write()))
+    views = Folder(tmp_path / "views", "classification", "cnn")
+    assert "None: every site answered every time" in text_of(page_of(views.write()))
+    views.path = tmp_path / "lacking"
+    views.job = views.job.replace(data__modalities="pa,lateral", data__tabular="age", data__missing="zero")
+    views.sums = {name: sums | {"missing": [0, 5 * (name == "c"), 1]} for name, sums in views.sums.items()}
+    said = text_of(page_of(views.write()))
+    assert "c , test images: 5 of 16 lack lateral." in said
+    assert [f"{name} , test images: 1 of 16 lack age." in said for name in "abc"] == [True] * 3
+    assert "lack pa" not in said
+    assert "None: every site" not in said
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +404,8 @@ def test_anomaly_scores_are_shares_and_their_roc_is_the_auroc(tmp_path: Path) ->
     others = [name for name in run.job.classes if name != run.job.data.normal]
     expected = [own["auroc"], *(own[f"auroc:{name}"] for name in others)]
     assert [auc(trace.x, trace.y) for trace in curves] == pytest.approx(expected, abs=1e-9)
+    axis = figures["anomaly scores"].layout.xaxis
+    assert [float(text) for text in axis.ticktext] == pytest.approx(list(axis.tickvals))
     scores = figures["anomaly scores"].data
     assert scores[0].name == f"{run.job.data.normal} (normal)"
     table = np.array(add_sums(run.sums.values())["errors"]).reshape(3, -1)

@@ -34,11 +34,13 @@ def explainable(model: nn.Module, data: Dataset, job: Job, device: torch.device,
     def planes(values: Tensor) -> Tensor:  # the planes behind the images flag those that are missing
         return values[0, : count * job.data.channels].reshape(count, job.data.channels, *size).sum(1)
 
+    there = zip(job.modalities, data.samples[0].paths, strict=True)
+    names = tuple(name if path else f"{name} (missing)" for name, path in there) or ("",)
     # Of late fusion each network's maps tell of its own image only: no layer is that of the case.
     head = "" if job.model.fusion == "late" else head_prefix(job)
     return Explainable(
         case.images, score, job.classes[number], value, np.stack([as_picture(part) for part in pictures]),
-        job.modalities or ("",), planes, (job.data.channels, *window_of(size)), head,
+        names, planes, (job.data.channels, *window_of(size)), head,
     )  # fmt: skip
 
 

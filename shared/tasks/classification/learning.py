@@ -80,7 +80,7 @@ def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
         batch(data, range(start, min(start + size, len(data))), job, device, train=False)
         for start in range(0, len(data), size)
     )
-    sums = sums_of_logits(((model(*found.inputs).double().cpu(), found.targets) for found in batches), job)
+    sums = sums_of_logits(((model(*found.inputs).cpu().double(), found.targets) for found in batches), job)
     return sums | {"missing": count_missing(data.samples, job)} if flagged(job) else sums
 
 

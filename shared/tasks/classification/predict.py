@@ -38,7 +38,7 @@ def predict(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
 
 def predictions_of_logits(logits: torch.Tensor, job: Job) -> Iterator[Prediction]:
     """The predictions of any classifier from its logits (b, classes)."""
-    logits = logits.double().cpu()  # as in ``sums_of_logits``, so that both see the same class in front
+    logits = logits.cpu().double()  # as in ``sums_of_logits``, so that both see the same class in front
     shares = logits.sigmoid() if job.data.multilabel else logits.softmax(1)
     for row, share in zip(logits, shares, strict=True):
         chosen = (row > 0).nonzero().flatten() if job.data.multilabel else row.argmax()[None]

@@ -3,7 +3,7 @@
 from shared.tasks.detection.data import batch, decode, decoded_by, read_samples
 from shared.tasks.detection.formats import find
 from shared.tasks.detection.learning import class_weights, collect, count_classes, step
-from shared.tasks.detection.metrics import consistent, summarise
+from shared.tasks.detection.metrics import consistent, notices, summarise
 from shared.tasks.detection.models import MODELS, build_model, check, example, head_prefix, parts
 from shared.tasks.detection.predict import draw, predict, write
 
@@ -22,6 +22,7 @@ __all__ = [
     "example",
     "find",
     "head_prefix",
+    "notices",
     "parts",
     "predict",
     "read_samples",

@@ -64,11 +64,11 @@ def detect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> I
 
 def _within(outcome: dict[str, Tensor], shape: tuple[int, int], job: Job) -> Detections:
     where = place(shape, job.data.size)
-    boxes = outcome["boxes"].double().cpu().numpy()
+    boxes = outcome["boxes"].cpu().double().numpy()
     boxes = np.clip(boxes, np.tile(where.corner, 2), np.tile(where.corner + where.sides, 2))
     classes = outcome["labels"].cpu().numpy().astype(np.int64) - 1
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1) & (classes >= 0)  # label 0 is the background
-    return Detections(boxes[kept], classes[kept], outcome["scores"].double().cpu().numpy()[kept])
+    return Detections(boxes[kept], classes[kept], outcome["scores"].cpu().double().numpy()[kept])
 
 
 def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> Sums:

@@ -17,6 +17,7 @@ from shared.cases import unit_hash
 from shared.config import Job
 from shared.intervals import NOTHING, Estimate, proportion
 from shared.tasks import Sums
+from shared.tasks.detection.boxes import LEAST_SIDE
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -133,6 +134,13 @@ def consistent(sums: Sums, job: Job) -> bool:
         and (coarse[:, :, 0].sum(2) <= MOST * images[:, None]).all()
         and not objects[images == 0].any()
     )
+
+
+def notices(sums: Sums, job: Job) -> list[str]:
+    """How many degenerate boxes were left out, in words."""
+    dropped = int(sums["dropped"])  # type: ignore[arg-type]
+    boxes = "1 box was" if dropped == 1 else f"{dropped:,} boxes were"
+    return [f"{boxes} left out, less than {LEAST_SIDE:g} pixels wide or high as the network sees it"] if dropped else []
 
 
 def average_precision(detections: Counts, right: Counts, objects: int) -> float:

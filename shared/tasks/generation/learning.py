@@ -121,7 +121,7 @@ def _batches(data: Dataset, job: Job, device: torch.device) -> Iterator[tuple[Te
 def features_of(model: Gan, images: Tensor) -> Tensor:
     """The means over the image of the reference's last channels, float64 (n, FEATURES) on the CPU; none is negative."""
     found: Tensor = model.get_submodule("reference.features")(images)
-    return found[:, :FEATURES].double().cpu()
+    return found[:, :FEATURES].cpu().double()
 
 
 def make_pictures(model: Gan, job: Job, classes: Sequence[int], seed: int, device: torch.device) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ def thumbnails(pictures: Tensor) -> Tensor:
     side = min(_SIDE, *pictures.shape[2:])
     if max(pictures.shape[2:]) > side:
         pictures = F.adaptive_avg_pool2d(pictures, side)
-    return pictures.flatten(1).double().cpu()
+    return pictures.flatten(1).cpu().double()
 
 
 def nearest(rows: Tensor, data: Dataset) -> Tensor:

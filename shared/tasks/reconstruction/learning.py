@@ -47,7 +47,7 @@ def rebuild(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
     for start in range(0, len(data), size):
         found = batch(data, range(start, min(start + size, len(data))), job, device, train=False)
         rebuilt, _ = model(found.images)
-        yield found.pixels(found.images).double().cpu(), found.pixels(rebuilt).double().cpu()
+        yield found.pixels(found.images).cpu().double(), found.pixels(rebuilt).cpu().double()
 
 
 def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> Sums:

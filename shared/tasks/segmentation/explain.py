@@ -14,7 +14,7 @@ from shared.explaining import Explainable, as_picture, class_number, log_odds_of
 from shared.imaging.dataset import Dataset, to_float
 from shared.tasks.segmentation.data import memory_format, whole_image
 from shared.tasks.segmentation.learning import both_outputs, in_one_piece, outcomes
-from shared.tasks.segmentation.models import head_prefix, patch_size
+from shared.tasks.segmentation.models import Fcn, UNet, head_prefix, patch_size
 
 Window = tuple[slice, ...]
 
@@ -39,8 +39,17 @@ def explainable(model: nn.Module, data: Dataset, job: Job, device: torch.device,
             return log_odds_of_softmax(model(images)[1])[:, label]
 
         window = _window(nowhere, job)
+        where = "" if nowhere[window].shape == nowhere.shape else " of the whole image, of which the middle is shown"
         return _explainable(
-            data, job, device, window, score_of_image, job.labels[label], float(of_image.softmax(0)[label])
+            model,
+            data,
+            job,
+            device,
+            window,
+            score_of_image,
+            job.labels[label],
+            float(of_image.softmax(0)[label]),
+            where,
         )
     found = logits.argmax(0)
     if chosen is None:
@@ -61,7 +70,7 @@ def explainable(model: nn.Module, data: Dataset, job: Job, device: torch.device,
     )
     part = "" if region.shape == found.shape else ", in the part of the image with most of it"
     return _explainable(
-        data, job, device, window, score, job.classes[chosen], value, f" over {held}{part}", region.numpy()
+        model, data, job, device, window, score, job.classes[chosen], value, f" over {held}{part}", region.numpy()
     )
 
 
@@ -85,6 +94,7 @@ def _window(place: Tensor, job: Job) -> Window:
 
 
 def _explainable(
+    model: nn.Module,
     data: Dataset,
     job: Job,
     device: torch.device,
@@ -114,4 +124,5 @@ def _explainable(
         head_prefix(job),
         where,
         None if region is None else region.reshape(-1, *size[-2:]),
+        extent=model.extent(size) if isinstance(model, (UNet, Fcn)) else (),
     )

@@ -50,7 +50,8 @@ def mask_losses(logits: Tensor, masks: Tensor) -> Tensor:
     logits = logits.float()
     entropy = F.cross_entropy(logits, masks, reduction="none").flatten(1).mean(1)
     shares = logits.softmax(1).flatten(2)[:, 1:]
-    wanted = F.one_hot(masks.flatten(1), logits.shape[1]).movedim(2, 1)[:, 1:].to(shares)
+    classes = torch.arange(1, logits.shape[1], device=masks.device)
+    wanted = masks.flatten(1)[:, None] == classes[:, None]  # not one_hot: of a whole volume its int64 would be 8 x this
     both = (shares * wanted).sum(2)
     dice = (2 * both + _SMOOTH) / (shares.sum(2) + wanted.sum(2) + _SMOOTH)
     return entropy + (1 - dice).mean(1)

@@ -136,9 +136,11 @@ def ratio(part: float, whole: float, products: Sequence[float], n: int) -> Estim
 
 
 def _within(estimate: Estimate) -> Estimate:
-    """The interval of a share, kept inside 0 and 1."""
+    """The interval of a mean of shares, kept inside 0 and 1; one image tells nothing of how others differ from it."""
     if not estimate.n:
         return estimate
+    if estimate.n == 1:
+        return dataclasses.replace(estimate, low=0.0, high=1.0)
     # Rounding may take a sum of ones beyond one: the estimate stays inside its interval.
     return dataclasses.replace(estimate, low=max(estimate.low, 0.0), high=max(min(estimate.high, 1.0), estimate.value))
 

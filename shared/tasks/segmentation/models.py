@@ -92,10 +92,17 @@ class UNet(nn.Module):
         self.head = _CONV[n](width, outputs, 1)
         self.head_of_image = nn.Linear(2 * widths[-1], labels) if labels else None
 
+    def extent(self, size: Sequence[int]) -> tuple[int, ...]:
+        """To which size an image is padded: every axis a multiple of its factor, at least twice that.
+
+        Twice, because InstanceNorm cannot normalise a single pixel.
+        """
+        return tuple(factor * max(2, -(-side // factor)) for side, factor in zip(size, self.factors, strict=True))
+
     def forward(self, x: Tensor) -> Output:
         """See the module."""
         size = x.shape[2:]
-        x = pad_to_multiple(x, self.factors)
+        x = pad_to(x, self.extent(size))
         skips = []
         for block, pool in zip(self.down, self.pools, strict=False):
             x = block(x)
@@ -110,19 +117,16 @@ class UNet(nn.Module):
         return logits, self.head_of_image(_mean_and_max(deepest))
 
 
-def pad_to_multiple(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """Pad images (b, c, *size) by repeating their edge until every axis is a multiple of its factor, at least twice.
-
-    Twice, because InstanceNorm cannot normalise a single pixel. The image stays at the top left; see ``crop_to``.
-    """
-    missing = [max(-size % factor, 2 * factor - size) for size, factor in zip(x.shape[2:], factors, strict=True)]
+def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Pad images (b, c, …) to ``size`` by repeating their edge. The image stays at the top left; see ``crop_to``."""
+    missing = [wanted - side for side, wanted in zip(x.shape[2:], size, strict=True)]
     if not any(missing):
         return x
     return F.pad(x, [side for more in reversed(missing) for side in (0, more)], mode="replicate")
 
 
 def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The part of (b, c, *padded) that ``pad_to_multiple`` was given."""
+    """The part of (b, c, *padded) that ``pad_to`` was given."""
     return x[(slice(None), slice(None), *(slice(0, side) for side in size))]
 
 
@@ -151,10 +155,17 @@ class Fcn(nn.Module):
             _replace_batch_norm(module, norm)
         self.classifier_of_image = nn.Linear(2 * 2048, labels) if labels else None
 
+    def extent(self, size: Sequence[int]) -> tuple[int, ...]:
+        """To which size an image is padded: twice its stride at least, as InstanceNorm cannot normalise one pixel."""
+        return tuple(max(side, 16) for side in size)
+
     def forward(self, x: Tensor) -> Output:
         """See the module."""
+        size = x.shape[2:]
+        x = pad_to(x, self.extent(size))
         features = self.backbone(x)["out"]
         logits = F.interpolate(self.classifier(features), size=x.shape[2:], mode="bilinear", align_corners=False)
+        logits = crop_to(logits, size)
         if self.classifier_of_image is None:
             return logits
         return logits, self.classifier_of_image(_mean_and_max(features))

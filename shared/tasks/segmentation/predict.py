@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,12 +20,13 @@ from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.imaging.dicom import dicom_frame_count
-from shared.imaging.errors import UnreadableImage
+from shared.imaging.errors import UnreadableImage, only_unreadable
 from shared.imaging.masks import write_nifti, write_segmentation
 from shared.imaging.nifti import is_nifti_name
+from shared.imaging.segments import segment_labels
 from shared.imaging.volumes import is_volume, read_stack, source_files
 from shared.samples import find_images, make_sample
-from shared.tasks.segmentation.layouts import stem
+from shared.tasks.segmentation.layouts import IMAGES, MASKS, stem
 from shared.tasks.segmentation.learning import outcomes
 from shared.tasks.segmentation.measures import find_objects
 from shared.tasks.segmentation.models import dimensions
@@ -55,13 +58,41 @@ def predict(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
 def find(path: Path, job: Job) -> list[Sample]:
     """The unlabelled cases in a file or folder: pictures for a 2D network, volumes (NIfTI, DICOM series) for a 3D one.
 
-    Paths are relative to the folder, or to that of the file.
+    Paths are relative to the folder, or to that of the file. Of a site's own folder the masks are no cases.
     """
-    if dimensions(job) == 2:
-        return find_images(path, job)
-    if not path.is_dir() or is_volume(path):
-        return [make_sample(job, path.name if path.is_file() else ".", (), path.name, "test")]
-    return [make_sample(job, name, (), name, "test") for name in _volumes_below(path, path)]
+    flat = dimensions(job) == 2
+    if not path.is_dir() or (not flat and is_volume(path)):
+        name = path.name if path.is_file() else "."
+        return [make_sample(job, name, (), path.name, "test")]
+    if flat:
+        cases = find_images(path, job)
+    else:
+        cases = [make_sample(job, name, (), name, "test") for name in _volumes_below(path, path)]
+    masks = _masks_below(path)
+    return [case for case in cases if not _is_mask(path / case.path, masks)]
+
+
+def _masks_below(root: Path) -> set[Path]:
+    """What sites' layouts in a folder say are masks: the files of a table, and folders beside one of images."""
+    tables, folders = set(), set()
+    for table in root.rglob("*.csv"):
+        with contextlib.suppress(OSError, ValueError, csv.Error), table.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if {"path", "mask"} <= set(rows.fieldnames or ()):
+                tables |= {table.parent / row["mask"] for row in rows if row["mask"]}
+    for name in MASKS:
+        folders |= {folder for folder in root.rglob(name) if (folder.parent / IMAGES).is_dir()}
+    return tables | folders
+
+
+def _is_mask(path: Path, masks: set[Path]) -> bool:
+    """Whether a file is one of ``masks`` or lies in one; or is a DICOM segmentation, which no image is."""
+    if not masks.isdisjoint((path, *path.parents)):
+        return True
+    try:
+        return path.is_file() and _is_dicom(path) and only_unreadable(segment_labels)(path) is not None
+    except (OSError, UnreadableImage):
+        return False  # broken: reading will say so
 
 
 def _volumes_below(folder: Path, root: Path) -> Iterator[str]:
@@ -109,7 +140,7 @@ def _write_mask(
     target = out / (sample.path if sample.path != "." else source.resolve().name)
     target.parent.mkdir(parents=True, exist_ok=True)
     nifti, volume, segmented = is_nifti_name(source), mask.ndim == 3, False
-    if not nifti and (volume or _is_one_dicom_picture(source)):
+    if not nifti and (volume or (_is_dicom(source) and dicom_frame_count(source) == 1)):
         file = _free(target, ".dcm", taken)
         segmented = _write_segmentation(mask, job, source_files(source) if volume else [source], file)
         if segmented:
@@ -134,18 +165,16 @@ def _write_segmentation(mask: np.ndarray, job: Job, sources: list[Path], file: P
     return True
 
 
-def _is_one_dicom_picture(path: Path) -> bool:
+def _is_dicom(path: Path) -> bool:
     with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return False
-    return dicom_frame_count(path) == 1
+        return file.read(132)[128:] == b"DICM"
 
 
 def _free(target: Path, suffix: str, taken: set[Path]) -> Path:
     """A file name not given before: the image's with another suffix, else with that added, else with a number."""
     plain = target.with_name(stem(target.name))
-    names = [f"{plain.name}{suffix}", f"{target.name}{suffix}"]
-    names += [f"{target.name}-{number}{suffix}" for number in range(2, len(taken) + 3)]
+    numbered = (f"{target.name}-{number}{suffix}" for number in itertools.count(2))
+    names = itertools.chain((f"{plain.name}{suffix}", f"{target.name}{suffix}"), numbered)
     file = next(target.with_name(name) for name in names if target.with_name(name) not in taken)
     taken.add(file)
     return file

@@ -31,5 +31,5 @@ def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
         for start in range(0, len(data), size)
     )
     return sums_of_logits(
-        ((model(series, lengths).double().cpu(), targets) for series, lengths, targets in batches), job
+        ((model(series, lengths).cpu().double(), targets) for series, lengths, targets in batches), job
     )

@@ -194,6 +194,13 @@ def test_a_class_in_neither_mask_is_left_out_and_an_invented_one_counts_nothing(
     assert np.isnan(summarise(sums, of)["dice"].value)
 
 
+def test_of_one_image_the_interval_is_all_there_is() -> None:
+    of = job()
+    found = summarise(tally(of, [(blobs(0), blobs(1))]).sums, of)
+    for name in ("dice", "iou", "dice_pooled", "dice:organ", "dice:lesion"):
+        assert (found[name].low, found[name].high, found[name].n) == (0.0, 1.0, 1), name
+
+
 def test_instance_metrics_are_ratios_of_all_objects_and_pixels() -> None:
     of = job(data__classes="cell", data__masks="instances")
     cases = [(blobs(seed, classes=1), find_objects(blobs(seed + 9, classes=1) > 0)) for seed in range(4)]

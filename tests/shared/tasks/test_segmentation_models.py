@@ -29,6 +29,15 @@ def test_every_model_gives_a_logit_per_class_and_pixel_for_any_size(name: str) -
             assert model(torch.randn(2, 1, *size)).shape == (2, 3, *size)
 
 
+@pytest.mark.parametrize("norm", ["group", "instance"])
+@pytest.mark.parametrize("name", models.MODELS)
+def test_an_image_smaller_than_any_stride_is_no_trouble(name: str, norm: str) -> None:
+    model = models.build_model(job(name, model__norm=norm)).train()
+    size = (3, 5) if models.MODELS[name].dimensions == 2 else (2, 3, 5)
+    with torch.no_grad():
+        assert model(torch.randn(1, 1, *size)).shape == (1, 3, *size)
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_an_image_of_the_batch_does_not_change_the_result_of_another(name: str) -> None:
     """No BatchNorm anywhere: in training mode too, an image's logits are its own."""
@@ -76,7 +85,9 @@ def test_a_unet_of_a_size_that_divides_is_not_touched_by_padding() -> None:
     padded = torch.nn.functional.pad(image, (0, 3, 0, 2), mode="replicate")
     with torch.no_grad():
         assert torch.equal(model(image), model(padded)[..., :30, :41])
-    assert models.pad_to_multiple(padded, [4, 4]) is padded
+    assert model.extent((30, 41)) == (32, 44)
+    assert model.extent((3, 4)) == (8, 8)
+    assert models.pad_to(padded, (32, 44)) is padded
 
 
 @pytest.mark.parametrize("norm", ["group", "instance"])

@@ -21,7 +21,7 @@ from torch import nn
 from shared.cases import SiteData
 from shared.config import Job, job_from_flat
 from shared.imaging.dataset import Dataset, load_dataset
-from shared.imaging.masks import read_mask
+from shared.imaging.masks import read_mask, write_segmentation
 from shared.imaging.volumes import read_volume
 from shared.tasks.segmentation import find, predict, write
 
@@ -248,6 +248,28 @@ def test_volumes_are_found_at_any_depth_and_pictures_are_not_taken_for_them(tmp_
     found = [sample.path for sample in find(tmp_path / "in", job("unet3d"))]
     assert found == ["p1/ct", "p1/x.nii.gz", "p2"]
     assert [sample.path for sample in find(tmp_path / "in", job())][-1] == "p2/009.dcm"
+
+
+def test_the_masks_of_a_sites_own_folder_are_no_cases(tmp_path: Path) -> None:
+    """Two folders of equal names, a table, and a DICOM segmentation beside its images without either."""
+    pictures, volumes, pacs = (tmp_path / name for name in ("pictures", "volumes", "pacs"))
+    for folder in ("images", "labels", "elsewhere/labels"):
+        (pictures / folder).mkdir(parents=True)
+        Image.new("L", (9, 9)).save(pictures / folder / "a.png")
+    for name in ("ct.nii.gz", "truth.nii.gz", "other.nii.gz"):
+        volumes.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), volumes / name)
+    (volumes / "cases.csv").write_text("path,mask\nct.nii.gz,truth.nii.gz\nother.nii.gz,\n")
+    write_series(pacs / "ct", grey_levels((10, 20, 16)))
+    write_segmentation(
+        grey_levels((10, 20, 16)), ("liver", "lesion"), sorted((pacs / "ct").iterdir()), pacs / "seg.dcm"
+    )
+    flat, deep = job(), job("unet3d")
+    assert [sample.path for sample in find(pictures, flat)] == ["elsewhere/labels/a.png", "images/a.png"]
+    assert [sample.path for sample in find(volumes, deep)] == ["ct.nii.gz", "other.nii.gz"]
+    assert [sample.path for sample in find(pacs, deep)] == ["ct"]
+    assert "seg.dcm" not in [sample.path for sample in find(pacs, flat)]
+    assert [sample.path for sample in find(tmp_path, deep)] == ["pacs/ct", "volumes/ct.nii.gz", "volumes/other.nii.gz"]
 
 
 def test_a_frame_of_many_gives_a_png(tmp_path: Path) -> None:
