@@ -18,6 +18,7 @@ from shared import __version__
 from shared.cases import SPLITS
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
+from shared.imaging.errors import explained
 from shared.tasks import Sums, load_task
 from shared.training import pick_device
 from shared.training import train as train_locally
@@ -91,7 +92,7 @@ def _query(message: Message, context: Context, job: Job, workspace: Workspace) -
     if message.content["config"].get("fresh", True):
         Moments(workspace.home, context.run_id, job).forget(after=_round(message))
     for skip in workspace.data.skipped:
-        write_log(workspace.home, f"left out, cannot be read: {skip.path} ({skip.code})")
+        write_log(workspace.home, f"left out, cannot be read: {explained(skip.path, skip.code, skip.detail)}")
     counts = split_counts(workspace.data, SPLITS)
     metrics: dict[str, int | list[int]] = {f"images-{split}": number for split, number in counts.items()}
     metrics["skipped"] = len(workspace.data.skipped)

@@ -40,22 +40,25 @@ def grad_cam(model: nn.Module, case: Explainable) -> Attribution:
     name, layer = cam_layer(model, case)
     inputs = case.inputs.detach().clone().requires_grad_()
     coarse = LayerGradCam(case.score, layer).attribute(inputs, relu_attributions=True).detach()
-    fine = enlarged(coarse, case.pictures.shape[:3], case.extent)
+    fine = enlarged(coarse, (*case.inputs.shape[2:-2], *case.pictures.shape[1:3]), case.extent)
+    fine = fine.repeat(len(case.pictures) // len(fine), 1, 1)  # a map tells of all images of a case alike
     size = " x ".join(map(str, coarse.shape[2:]))
     return Attribution(fine.cpu().numpy(), f"Grad-CAM, maps of {size} of {name}", signed=False)
 
 
 def enlarged(coarse: Tensor, shape: Sequence[int], extent: tuple[int, ...]) -> Tensor:
-    """(1 or k, 1, h, w) or (1, 1, d, h, w) as ``shape`` (k, height, width), bilinearly.
+    """(k, 1, h, w) or (1, 1, d, h, w) as (k, height, width) or (depth, height, width), linearly.
 
-    A map covers ``extent``, if that is given: what lies beyond the picture, which was padded, is cut off.
+    ``shape`` ends in (height, width), or in (depth, height, width) of a volume. A map covers ``extent``, if that is
+    given: what lies beyond the picture, which was padded, is cut off.
     """
-    k, height, width = shape
+    height, width = shape[-2:]
     if coarse.ndim == 5:
-        fine = F.interpolate(coarse, extent or (k, height, width), mode="trilinear", align_corners=False)[0, 0]
-        return fine[:k, :height, :width]
+        depth = shape[-3]
+        fine = F.interpolate(coarse, extent or (depth, height, width), mode="trilinear", align_corners=False)[0, 0]
+        return fine[:depth, :height, :width]
     fine = F.interpolate(coarse, extent or (height, width), mode="bilinear", align_corners=False)[:, 0]
-    return fine[:, :height, :width].expand(k, height, width)
+    return fine[:, :height, :width]
 
 
 def cam_layer(model: nn.Module, case: Explainable) -> tuple[str, nn.Module]:

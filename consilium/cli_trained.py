@@ -28,12 +28,13 @@ def predict(run: Path, path: Path, out: Path, weights: str, device: str) -> None
     """
     from consilium.predict import predict as predict_all
     from consilium.progress import counting
-    from shared.imaging.errors import CODES
+    from shared.imaging.errors import explained
 
     with counting("predicting") as progress:
         done = predict_all(run, path, out, weights, device, progress)
     for item in done.unreadable:
-        click.echo(f"cannot be read: {item.path}: {CODES[item.code]} ({item.code})")
+        folder = path if path.is_dir() else path.parent
+        click.echo(f"cannot be read: {explained(item.path, item.code, item.detail, folder)}")
     ending = f", {len(done.unreadable)} cannot be read" if done.unreadable else ""
     where = f"; {done.files[0] if len(done.files) == 1 else out}" if done.cases else ""
     click.echo(f"{done.cases} of {done.cases + len(done.unreadable)} cases predicted{ending}{where}")

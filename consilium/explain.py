@@ -18,7 +18,7 @@ from consilium.trained import TrainedModel, open_run
 from shared.config import nearest
 from shared.errors import UserError
 from shared.imaging.dataset import Dataset, load_dataset
-from shared.imaging.errors import CODES
+from shared.imaging.errors import explained
 
 
 class Explained(NamedTuple):
@@ -78,8 +78,8 @@ def decode_one(trained: TrainedModel, image: Path) -> Dataset:
         # Nothing is read later from the files that go: a mapped file lives as long as its mapping.
         data = load_dataset([samples[len(samples) // 2]], dataclasses.replace(site, cache=Path(cache)), trained.job)
     if not len(data):
-        code = data.skipped[0].code
-        raise UserError(f"{image}: cannot be read: {CODES[code]} ({code})")
+        skipped = data.skipped[0]
+        raise UserError(f"cannot be read: {explained(str(image), skipped.code, skipped.detail)}")
     return data
 
 

@@ -87,10 +87,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A case that could not be read: for the site's log, never to leave the site."""
+    """A case that could not be read: for the site's screen and log, never to leave the site.
+
+    ``detail`` is the exception's: which slice or mask, and what was found there.
+    """
 
     path: str
     code: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def _decode(
                 writer.add(task.decode(sample, site, job))
                 kept.append(number)
             except UnreadableImage as error:
-                skipped.append({"path": sample.path, "code": error.code})
+                skipped.append({"path": sample.path, "code": error.code, "detail": error.detail})
             if progress:
                 progress(number + 1, len(samples))
         writer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,7 @@ CODES: Final[dict[str, str]] = {
     "too-large": "more pixels in one frame than MAX_PIXELS",
     "frame-out-of-range": "the file has no frame of that number",
     "box-outside": "an object's box lies outside the picture",
-    "no-annotation": "a film of which no frame is annotated",
+    "no-annotation": "a film of which no frame is annotated, or an image listed without its annotation",
     "no-frames": "a film or signal of length zero",
     "uneven-frames": "frames of a film differ in size, colour or depth",
     "no-order": "the frames of a film do not say in which order they come",
@@ -42,12 +43,13 @@ CODES: Final[dict[str, str]] = {
     "uneven-slices": "slices of a series differ in size, pixel spacing or orientation",
     "not-a-mask": "a mask whose values are not whole numbers of one channel",
     "mask-size": "mask and image differ in size",
+    "images-differ": "the images of one case differ in size, or lie elsewhere in space than each other",
     "mask-position": "the mask lies elsewhere in space than the image, or belongs to another image",
-    "unknown-class": "a mask with a value that is no class of the job",
+    "unknown-class": "a mask with a value or segment that is no class of the job",
     "no-spacing": "the job asks for pixels of so many mm, and the file does not say how large its pixels are",
 }
 
-
+_LONGEST: Final = 300  # letters of a detail shown: a decoder may say pages
 #: Largest samples per frame decoded (134 million): a flipped bit in a header must not claim all memory.
 MAX_PIXELS: Final = 2**27
 
@@ -69,6 +71,22 @@ class UnreadableImage(Exception):
         self.detail = detail
 
 
+def explained(path: str, code: str, detail: str = "", root: str | os.PathLike[str] = "") -> str:
+    """One line, for a person at the site, on why a case cannot be read.
+
+    Args:
+        path: of the case, as the site names it.
+        code, detail: of the UnreadableImage. What is wrong may lie in a slice or the mask, which the detail names.
+        root: the site's folder; files below it are named from there, as ``path`` is.
+    """
+    for folder in {str(root), os.path.abspath(root)} - {"", "."}:
+        detail = re.sub(rf"(?<![^\s'\"(\[]){re.escape(folder.rstrip('/'))}/", "", detail)
+    detail = "" if detail == path else " ".join(detail.removeprefix(f"{path}: ").split())
+    text = f"{path}: {CODES[code]} ({code})" + (f": {detail[:_LONGEST]}" if detail else "")
+    # Names of files may hold line ends, and bytes that no terminal can show.
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
 def only_unreadable(reader: Callable[P, R]) -> Callable[P, R]:
     """Wrap `reader` so that whatever is in the file, nothing but UnreadableImage is raised and nothing is printed.
 
@@ -86,7 +104,10 @@ def only_unreadable(reader: Callable[P, R]) -> Callable[P, R]:
         except UnreadableImage as error:
             problem = UnreadableImage(error.code, error.detail)
         except BaseException as error:  # decoders in Rust panic with a BaseException
-            problem = UnreadableImage(_code_of(error), f"{type(error).__name__}: {error}")
+            code, detail = _code_of(error), f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and code in ("not-found", "not-permitted"):
+                detail = str(error.filename)  # the code says the rest
+            problem = UnreadableImage(code, detail)
         # Raised outside the handlers: __context__ would carry the original message, which may hold header values.
         raise problem
 

@@ -56,9 +56,9 @@ def read_mask(
         With a single class, a mask of 0 and the largest value of 8 or 16 bits (255, 65535) means class 1 by it.
 
     Raises:
-        UnreadableImage: "mask-size", "mask-position", "not-a-mask", "unknown-class", or what is wrong with the file;
-            the detail names the file, what was found and what is allowed.
-        SiteRefusal: "unknown-label" for a segment, or a name under [label_map], that is no class of the job.
+        UnreadableImage: "mask-size", "mask-position", "not-a-mask", "unknown-class" for a value or segment, or what is
+            wrong with the file; the detail names the file, what was found and what is allowed.
+        SiteRefusal: "unknown-label" for a name under [label_map] that is no class of the job.
     """
     path = named(Path(path), _only_file)
     segments = named(path, segment_labels) if named(path, _is_dicom) else None
@@ -122,8 +122,8 @@ def _volume(path: Path, like: Volume | None) -> Array:
         if stack.values.shape != like.values.shape:
             return stack.values  # the caller says so
         if not same_place(like.affine, stack.affine, like.values.shape):
-            raise UnreadableImage("mask-position", f"{path}: its affine is {stack.affine.tolist()}, its image's is "
-                                  f"{like.affine.tolist()}")  # fmt: skip
+            own, other = (np.round(affine, 2).tolist() for affine in (stack.affine, like.affine))
+            raise UnreadableImage("mask-position", f"{path}: its affine is {own}, its image's is {other}")
     return stack.values
 
 
@@ -159,10 +159,14 @@ def _class_of(label: str, where: str, classes: Sequence[str], label_map: Mapping
         return classes.index(name) + 1
     if name in _BACKGROUND:
         return 0
-    raise SiteRefusal(
-        "unknown-label",
-        f"{where} is not a class of the job ({', '.join(classes)}); map it under [label_map] in site.toml, "
-        'to "" if it is to be left out',
+    allowed = f"a class of the job ({', '.join(classes)})"
+    if label in label_map:  # a word of site.toml, so every mask would say the same
+        raise SiteRefusal(
+            "unknown-label", f"{where}: [label_map] in site.toml makes it {name!r}, which is not {allowed}"
+        )
+    raise UnreadableImage(
+        "unknown-class",
+        f'{where} is not {allowed}; map it under [label_map] in site.toml, to "" if it is to be left out',
     )
 
 

@@ -83,7 +83,9 @@ def sorted_planes(path: Name | Sequence[Path]) -> list[Plane]:
         files, path = list(path), Path(os.path.commonpath(path))
     planes = [plane for file in files for plane in named(file, _planes)]
     if len(planes) < 2:
-        raise UnreadableImage("not-a-volume", f"{path}: {len(planes)} slices; a volume needs two at least")
+        deeper = path.is_dir() and any(item.is_dir() and not item.name.startswith(".") for item in path.iterdir())
+        hint = "; folders within it are not looked into, name the one of the series" if deeper else ""
+        raise UnreadableImage("not-a-volume", f"{path}: {len(planes)} slices; a volume needs two at least{hint}")
     series = {plane.series: plane.path for plane in planes}
     if len(series) > 1:
         names = " and ".join(file.name for file in list(series.values())[:2])
@@ -147,7 +149,7 @@ def named(file: Path, reader: Callable[[Path], R]) -> R:
     except UnreadableImage as error:
         if str(file) in error.detail:
             raise
-        problem = UnreadableImage(error.code, f"{file}: {error.detail}")
+        problem = UnreadableImage(error.code, f"{file}: {error.detail}" if error.detail else str(file))
     raise problem
 
 

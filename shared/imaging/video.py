@@ -115,8 +115,8 @@ def read_frame(path: Name, frame: int | str) -> Picture:
         frame: number from 0, or "middle" (count // 2).
 
     Raises:
-        UnreadableImage: "frame-out-of-range" for a frame that is not there; else as ``frame_count``. The frames before
-            the place where a film is cut off or damaged can be read.
+        UnreadableImage: "frame-out-of-range" for a frame that is not there; else as ``frame_count``. Of a film that is
+            cut off or damaged somewhere, frames well before that place can be read.
     """
     index = frame_index(frame, frame_count(path) if frame == "middle" else 2**62)
     status = os.stat(path)
@@ -182,12 +182,20 @@ class _Film:
 
     def advance(self) -> Any:
         """The next frame as decoded, None after the last. A film cut short or without a picture is unreadable."""
-        found = next(self.decoded, None)
+        from av.error import FFmpegError
+
+        cut = UnreadableImage("truncated", f"{self.read} frames of {self.stream.frames}")
+        try:
+            found = next(self.decoded, None)
+        except FFmpegError:  # of the frame that the cut goes through
+            if self._is_cut():
+                raise cut from None
+            raise
         if found is not None:
             self.last = found
             self.read += 1
         elif self._is_short():
-            raise UnreadableImage("truncated", f"{self.read} frames of {self.stream.frames}")
+            raise cut
         elif not self.read:
             raise UnreadableImage("no-frames", self.container.name)
         return found
@@ -199,6 +207,10 @@ class _Film:
         """
         if self.container.format.name == "avi":
             return bool(self.stream.frames > self.read)
+        return self._is_cut()
+
+    def _is_cut(self) -> bool:
+        """Whether frames of which the film's index knows lie beyond the end of the file."""
         return any(entry.pos + entry.size > self.container.size for entry in self.stream.index_entries)
 
     def seek(self, index: int) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shared.cases import SPLITS, Sample, SiteData, split_word
+from shared.composed import composed, parts_of, require_parts
 from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.augment import augmentation, normalise
@@ -31,7 +32,7 @@ from shared.samples import (
     patient_of,
     read_rows,
 )
-from shared.tasks.classification.cases import composed, images_of_cases, parts_of, require_parts, values_of_cases
+from shared.tasks.classification.cases import images_of_cases, values_of_cases
 
 
 class Batch(NamedTuple):

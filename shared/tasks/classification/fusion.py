@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from shared.composed import flagged, stacked_channels
 from shared.config import Job
 from shared.pretrained import load_weights, read_weights
-from shared.tasks.classification.cases import flagged
 
 JOINT = 64  # units of the layer in which what was found in the images and the numbers meet
 HEAD = "head"  # the name of that layer and all behind it
@@ -106,14 +106,6 @@ class Fused(nn.Module):
 def has_joint(job: Job) -> bool:
     """Whether the network is more than one of ``MODELS`` with more channels."""
     return bool(job.tabular) or job.model.fusion == "late"
-
-
-def stacked_channels(job: Job) -> int:
-    """Channels that go into the network: of all images of a case, and a plane for each that may be missing."""
-    count = len(job.modalities)
-    if not count:
-        return job.data.channels
-    return count * job.data.channels + (count if flagged(job) else 0)
 
 
 def fuse(job: Job, networks: list[nn.Module], last: str) -> nn.Module:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.composed import count_missing, flagged
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums
-from shared.tasks.classification.cases import count_missing, flagged
 from shared.tasks.classification.data import Batch, batch
 from shared.tasks.classification.metrics import BINS, LIMIT, score_bins
 

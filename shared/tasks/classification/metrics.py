@@ -66,13 +66,6 @@ def consistent(sums: Sums, job: Job) -> bool:
     return sum(counts) == n * labels and all(total == n for total in per_class) and all(m <= n for m in missing)  # type: ignore[operator]
 
 
-def notices(sums: Sums, job: Job) -> list[str]:
-    """Which images and numbers of a case are missing, and how often, in words; see ``cases.count_missing``."""
-    missing: list[int] = sums.get("missing", [])  # type: ignore[assignment]
-    names = (*job.modalities, *job.tabular)
-    return [f"{count:,} of {sums['n']:,} lack {name}" for name, count in zip(names, missing, strict=False) if count]
-
-
 def summarise(sums: Sums, job: Job) -> dict[str, Estimate]:
     """Metrics with 95 % intervals: auroc (macro, one against rest), balanced_accuracy, accuracy, loss, auroc:<class>.
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from shared.cases import derived_seed
+from shared.composed import composed, stacked_channels
 from shared.config import Job, nearest
 from shared.errors import UserError
 from shared.pretrained import load_weights
 from shared.tasks import Part
-from shared.tasks.classification.cases import composed
-from shared.tasks.classification.fusion import HEAD, fuse, has_joint, load_fused, stacked_channels
+from shared.tasks.classification.fusion import HEAD, fuse, has_joint, load_fused
 
 
 class MeanAndMax(nn.Module):

@@ -6,7 +6,9 @@ image; what is degenerate or outside is found when the image is decoded.
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from shared.imaging.video import frame_count, is_video, is_video_name
 from shared.samples import (
     Row,
     class_index,
+    exists,
     find_images,
     make_sample,
     parse_box,
@@ -32,7 +35,8 @@ from shared.samples import (
 
 Boxes = list[tuple[int, float, float, float, float]]
 
-#: The frame of a film of which no frame is annotated: it stands for a file that cannot be used.
+#: The frame of a film of which no frame is annotated, and of an image without its annotation file: it stands for a
+#: file that cannot be used.
 NOTHING_ANNOTATED = "none"
 _PLACE = ("x", "y", "width", "height")
 
@@ -136,19 +140,25 @@ def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
     """
     path = site.root / "annotations.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # programs on Windows put a mark in front
         yield from _coco_images(content, path, site, job)
     except FileNotFoundError:
         raise SiteRefusal("no-data", f"{path}: no such file") from None
     except OSError as error:
         raise SiteRefusal("bad-table", f"{path}: cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise SiteRefusal("bad-table", f"{path}: not a COCO file: {error!r}") from None
+    except KeyError as error:
+        raise SiteRefusal("bad-table", f"{path}: not a COCO file: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SiteRefusal("bad-table", f"{path}: not a COCO file: {error}") from None
 
 
 def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator[Sample]:
     names = {item["id"]: item["name"] for item in content["categories"]}
-    boxes: dict[Any, Boxes] = {item["id"]: [] for item in content["images"]}
+    boxes: dict[Any, Boxes] = {}
+    for item in content["images"]:
+        if item["id"] in boxes:  # whose are its boxes?
+            raise SiteRefusal("bad-table", f"{path} image {item['file_name']}: another one has its id {item['id']!r}")
+        boxes[item["id"]] = []
     for item in content["annotations"]:
         where = f"{path} annotation {item.get('id', '?')}"
         if item["image_id"] not in boxes:
@@ -157,11 +167,10 @@ def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator
             raise SiteRefusal("unknown-label", f"{where}: there is no category {item['category_id']!r}")
         if not item.get("iscrowd"):
             kind = class_index(names[item["category_id"]], where, site, job.classes)
-            boxes[item["image_id"]].append((kind, *parse_box(item["bbox"], where)))
-    folder = "images/" if (site.root / "images").is_dir() else ""
+            boxes[item["image_id"]].append((kind, *parse_box(item.get("bbox") or (), where)))
     seen: set[tuple[str, Any]] = set()
     for image in content["images"]:
-        name, frame = folder + image["file_name"], image.get("frame")
+        name, frame = _coco_file(site, image["file_name"]), image.get("frame")
         where = f"{path} image {name}"
         if (name, frame) in seen:
             raise SiteRefusal("bad-table", f"{where}: is listed twice")
@@ -173,16 +182,28 @@ def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator
         yield make_sample(job, name, (), patient, split, boxes=tuple(boxes[image["id"]]), **more)
 
 
+def _coco_file(site: SiteData, name: str) -> str:
+    """The path of an image: seen from the folder ``images`` or from ``annotations.json``, as programs differ."""
+    inner = f"images/{name}"
+    return inner if exists(site.root / inner) or not exists(site.root / name) else name
+
+
 # --- Pascal VOC -------------------------------------------------------------------------------------------------------
 
 
 def _from_voc(site: SiteData, job: Job) -> Iterator[Sample]:
     """``Annotations/*.xml`` and ``JPEGImages``; ``ImageSets/Main/train.txt``, ``val.txt`` and ``test.txt`` if there.
 
-    The pixel in the top left corner is (1, 1), and xmax and ymax belong to the object, as the development kit says.
+    The pixel in the top left corner is (1, 1), and xmax and ymax belong to the object, as the development kit says. An
+    image that an image set lists and no annotation file describes cannot be used, and is not one without objects.
     """
-    splits = {stem: split for split in SPLITS for stem in _listed(site.root / "ImageSets" / "Main" / f"{split}.txt")}
-    for path in sorted((site.root / "Annotations").glob("*.xml")):
+    annotations = sorted((site.root / "Annotations").glob("[!.]*.xml"))
+    sets, stems = site.root / "ImageSets" / "Main", {path.stem for path in annotations}
+    splits = {stem: split for split in SPLITS for stem in _listed(sets / f"{split}.txt", stems)}
+    for stem in sorted(splits.keys() - stems):
+        name = f"Annotations/{stem}.xml"
+        yield make_sample(job, name, (), name, splits[stem], frame=NOTHING_ANNOTATED)
+    for path in annotations:
         try:
             root = ElementTree.parse(path).getroot()
             image = _voc_image(root, path, site)
@@ -194,10 +215,14 @@ def _from_voc(site: SiteData, job: Job) -> Iterator[Sample]:
         )
 
 
-def _listed(path: Path) -> list[str]:
-    """The names at the start of each line of an image set; none where there is no such file."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return [line.split()[0] for line in lines if line.split()]
+def _listed(path: Path, stems: set[str]) -> list[str]:
+    """The names in an image set, a line each; none where there is no such file.
+
+    Those of one class write 1, 0 or -1 behind the name, which may itself hold spaces and end in a number.
+    """
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if path.is_file() else []
+    names = [line.strip() for line in lines if line.strip()]
+    return [name if name in stems else re.sub(r"\s+(-1|0|1)$", "", name) for name in names]
 
 
 def _voc_image(root: ElementTree.Element, path: Path, site: SiteData) -> str:
@@ -206,7 +231,7 @@ def _voc_image(root: ElementTree.Element, path: Path, site: SiteData) -> str:
     named = (root.findtext("filename") or "").strip()
     if named and (folder / named).is_file():
         return f"JPEGImages/{named}"
-    own = [file for file in sorted(folder.glob(f"{path.stem}.*")) if is_image_name(file)]
+    own = [file for file in sorted(folder.glob(f"{glob.escape(path.stem)}.*")) if is_image_name(file)]
     if not own:
         raise SiteRefusal("missing-files", f"{path}: its image {named or path.stem!r} is not in {folder}")
     return f"JPEGImages/{own[0].name}"

@@ -1,5 +1,6 @@
 """The class of every pixel or voxel, and of the whole image if asked for."""
 
+from shared.composed import missing_notices as notices
 from shared.tasks.segmentation.data import batch, decode, decoded_by, read_samples
 from shared.tasks.segmentation.explain import explainable
 from shared.tasks.segmentation.learning import class_weights, collect, count_classes, step
@@ -22,6 +23,7 @@ __all__ = [
     "explainable",
     "find",
     "head_prefix",
+    "notices",
     "parts",
     "predict",
     "read_samples",

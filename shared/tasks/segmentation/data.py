@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from shared.cases import Sample, SiteData
+from shared.composed import flagged
 from shared.config import Job
 from shared.imaging.augment import normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
 from shared.imaging.errors import UnreadableImage, only_unreadable
+from shared.imaging.grid import same_place
 from shared.imaging.harmonise import grey, harmonise
 from shared.imaging.masks import read_mask
 from shared.imaging.read import Picture, read_image
-from shared.imaging.volumes import read_volume
+from shared.imaging.volumes import Volume, read_volume
 from shared.tasks.segmentation.layouts import read_samples
 from shared.tasks.segmentation.models import dimensions, patch_size
 from shared.tasks.segmentation.patches import change, cut, margin, middle_start, random_start
@@ -55,31 +57,67 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
     """An image with its mask on the job's grid.
 
     Returns:
-        ``image`` uint16 (channels, *size); ``mask`` (*size), uint8 of 0 to classes or int32 of object numbers, all 0
-        where the sample has none; ``pixels`` int64 (1 + classes), how many the mask has of each; ``places`` int32 (m,
-        1 + axes), class and position of some foreground pixels; ``statistics`` float32 (2,), mean and sd of the image;
-        ``spacing`` float64 (axes,) in mm on the job's grid, 0 where unknown; ``size`` int64 (axes,) of the file.
+        ``image`` uint16 (channels, *size), of a case of several images the channels of all, 0 where one is missing;
+        ``mask`` (*size), uint8 of 0 to classes or int32 of object numbers, all 0 where the sample has none; ``pixels``
+        int64 (1 + classes), how many the mask has of each; ``places`` int32 (m, 1 + axes), class and position of some
+        foreground pixels; ``statistics`` float32 (2 x images,), mean and sd of each image; ``spacing`` float64 (axes,)
+        in mm on the job's grid, 0 where unknown; ``size`` int64 (axes,) of the file.
 
     Raises:
-        UnreadableImage: with a code that says why: the image or the mask cannot be read, or they differ in size.
+        UnreadableImage: with a code that says why: an image or the mask cannot be read, or they differ in size.
     """
-    path = site.root / sample.path
-    volume = read_volume(path, job.data.window) if dimensions(job) == 3 else None
-    if volume is None:
-        picture = read_image(path, sample.frame, sample.box, sample.key or None)
-        planes = _planes(harmonise(picture, job.data.harmonise), job.data.channels)
-        spacing = pixel_spacing(path)
-    else:
-        planes, spacing = volume.values[None], np.array(volume.spacing or (0.0, 0.0, 0.0))
+    first, *others = (_read(site.root / name, sample, job) for name in sample.paths or (sample.path,) if name)
+    planes, spacing, volume = _stacked(first, others, sample, job), first.spacing, first.volume
     size = planes.shape[1:]
     instances = job.data.masks == "instances"
     mask = np.zeros(size, np.int32)
     if sample.mask:
-        mask = read_mask(site.root / sample.mask, size, job.classes, site.label_map, instances, volume, path)
+        mask = read_mask(site.root / sample.mask, size, job.classes, site.label_map, instances, volume, first.path)
     mask = mask.astype(np.int32 if instances else np.uint8)
     if job.data.spacing:
         planes, mask, spacing = resample(planes, mask, spacing, job.data.spacing)
     return assemble(planes, mask, spacing, size, job)
+
+
+class _Read(NamedTuple):
+    """One image of a case: its values (channels, *size) in [0, 1] and where they lie."""
+
+    path: Path
+    planes: np.ndarray
+    spacing: np.ndarray
+    volume: Volume | None
+
+
+def _read(path: Path, sample: Sample, job: Job) -> _Read:
+    if dimensions(job) == 3:
+        volume = read_volume(path, job.data.window)
+        return _Read(path, volume.values[None], np.array(volume.spacing or (0.0, 0.0, 0.0)), volume)
+    picture = harmonise(read_image(path, sample.frame, sample.box, sample.key or None), job.data.harmonise)
+    return _Read(path, _planes(picture, job.data.channels), pixel_spacing(path), None)
+
+
+def _stacked(first: _Read, others: Sequence[_Read], sample: Sample, job: Job) -> np.ndarray:
+    """The channels of all images of a case, in the order of the job; zeros for those that are missing.
+
+    Raises:
+        UnreadableImage: "images-differ", as one mask cannot lie on both.
+    """
+    for other in others:
+        if other.planes.shape != first.planes.shape:
+            sizes = " and ".join("x".join(map(str, one.planes.shape[1:])) for one in (first, other))
+            raise UnreadableImage("images-differ", f"{first.path} and {other.path}: {sizes}")
+        if first.volume and other.volume and not _same_place(first.volume, other.volume):
+            raise UnreadableImage("images-differ", f"{first.path} and {other.path} lie elsewhere in space")
+    if not job.modalities:
+        return first.planes
+    given = iter((first, *others))
+    missing = np.zeros_like(first.planes)
+    return np.concatenate([next(given).planes if name else missing for name in sample.paths])
+
+
+def _same_place(a: Volume, b: Volume) -> bool:
+    """Whether two volumes of one shape lie on one grid; where a file says nothing, it is believed."""
+    return a.affine is None or b.affine is None or same_place(a.affine, b.affine, a.values.shape)
 
 
 def assemble(
@@ -92,16 +130,24 @@ def assemble(
         "mask": mask,
         "pixels": np.bincount(classes.reshape(-1), minlength=1 + len(job.classes)),
         "places": _places(classes, len(job.classes)),
-        "statistics": np.array([planes.mean(dtype=np.float64), planes.std(dtype=np.float64)], np.float32),
+        "statistics": np.array(
+            [value(dtype=np.float64) for part in _images(planes, job) for value in (part.mean, part.std)], np.float32
+        ),
         "spacing": spacing,
         "size": np.array(size, np.int64),
     }
 
 
+def _images(planes: np.ndarray, job: Job) -> list[np.ndarray]:
+    """The images of a case from its channels."""
+    return np.split(planes, max(1, len(job.modalities)))
+
+
 def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
     data = job.data
-    return f"{dimensions(job)} {data.channels} {data.window} {data.spacing} {data.masks} {job.classes} {data.harmonise}"
+    own = f"{dimensions(job)} {data.channels} {data.window} {data.spacing} {data.masks} {job.classes} {data.harmonise}"
+    return f"{own} {len(job.modalities)}"
 
 
 def _planes(picture: Picture, channels: int) -> np.ndarray:
@@ -187,7 +233,7 @@ def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device,
 
 
 def _patch(data: Dataset, index: int, job: Job, train: bool) -> tuple[Tensor, Tensor]:
-    """A normalised patch float32 (channels, *patch) and its mask int64 (*patch)."""
+    """A patch as the network takes it, float32 (channels, *patch), and its mask int64 (*patch)."""
     image, mask = data.columns["image"][index], data.columns["mask"][index]
     patch = patch_size(job)
     start = random_start(mask.shape, patch, data.columns["places"][index]) if train else middle_start(mask.shape, patch)
@@ -201,17 +247,29 @@ def _patch(data: Dataset, index: int, job: Job, train: bool) -> tuple[Tensor, Te
     if train:
         pixels, wanted = change(pixels, wanted, job)
     inner = tuple(slice(more, more + side) for more, side in zip(extra, patch, strict=True))
-    return _normalised(pixels[(slice(None), *inner)], data.columns["statistics"][index], job), wanted[inner]
+    return _as_input(pixels[(slice(None), *inner)], data, index, job), wanted[inner]
 
 
 def whole_image(data: Dataset, index: int, job: Job) -> Tensor:
-    """A whole image, normalised: float32 (channels, *size)."""
-    return _normalised(to_float(data.columns["image"][index]), data.columns["statistics"][index], job)
+    """A whole case as the network takes it: float32 (channels, *size)."""
+    return _as_input(to_float(data.columns["image"][index]), data, index, job)
 
 
-def _normalised(pixels: Tensor, statistics: np.ndarray, job: Job) -> Tensor:
-    """An image or a part of it; by the mean and sd of the whole image where the job says ``image``."""
-    if job.data.normalise == "image":
-        mean, sd = map(float, statistics)
-        return (pixels - mean) / (sd + 1e-3)
-    return normalise(pixels[None], job)[0]
+def _as_input(pixels: Tensor, data: Dataset, index: int, job: Job) -> Tensor:
+    """A case or a part of it, each of its images normalised, by the mean and sd of the whole one if the job says so.
+
+    Images that are missing are 0. If the job lets images be missing, a plane per modality follows, 1 where there is
+    none and 0 where there is one.
+    """
+    images = pixels.chunk(max(1, len(job.modalities)))
+    statistics = data.columns["statistics"][index].reshape(-1, 2).tolist()
+    parts = [_normalised(image, mean, sd, job) for image, (mean, sd) in zip(images, statistics, strict=True)]
+    if flagged(job):
+        absent = [not name for name in data.samples[index].paths]
+        parts = [torch.zeros_like(part) if lacks else part for part, lacks in zip(parts, absent, strict=True)]
+        parts += [torch.full_like(parts[0][:1], float(lacks)) for lacks in absent]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _normalised(image: Tensor, mean: float, sd: float, job: Job) -> Tensor:
+    return (image - mean) / (sd + 1e-3) if job.data.normalise == "image" else normalise(image[None], job)[0]

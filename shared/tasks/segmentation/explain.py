@@ -108,21 +108,30 @@ def _explainable(
     """What is seen through ``window`` of the first image, with its score."""
     inputs = whole_image(data, 0, job)[(slice(None), *window)][None]
     inputs = inputs.to(device, memory_format=memory_format(inputs))
-    image = to_float(data.columns["image"][0])[(slice(None), *window)]
-    channels, *size = image.shape
+    count, channels = max(1, len(job.modalities)), job.data.channels
+    images = to_float(data.columns["image"][0])[(slice(None), *window)].chunk(count)
+    size = images[0].shape[1:]
+    there = zip(job.modalities, data.samples[0].paths, strict=True)
+    named = tuple(name if path else f"{name} (missing)" for name, path in there) or ("",)
     flat = len(size) == 2
-    first = window[0].start
+    slices = [""] if flat else [f"slice {window[0].start + index + 1}" for index in range(size[0])]
+
+    pictures = [as_picture(image)[None] if flat else image[0].numpy() for image in images]
+
+    def planes(values: Tensor) -> Tensor:  # the planes behind the images flag those that are missing
+        return values[0, : count * channels].reshape(count, channels, *size).sum(1).reshape(-1, *size[-2:])
+
     return Explainable(
         inputs,
         score,
         label,
         value,
-        as_picture(image)[None] if flat else image[0].numpy(),
-        ("",) if flat else tuple(f"slice {first + index + 1}" for index in range(size[0])),
-        lambda values: values.sum(1) if flat else values[0].sum(0),
+        np.concatenate(pictures),
+        tuple(f"{name} {place}".strip() for name in named for place in slices),
+        planes,
         (channels, *window_of(size)),
         head_prefix(job),
         where,
-        None if region is None else region.reshape(-1, *size[-2:]),
+        None if region is None else np.tile(region.reshape(-1, *size[-2:]), (count, 1, 1)),
         extent=model.extent(size) if isinstance(model, (UNet, Fcn)) else (),
     )

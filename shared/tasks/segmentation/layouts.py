@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from shared.cases import Sample, SiteData, split_of
+from shared.composed import composed, parts_of, require_parts
 from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.nifti import is_nifti_name
@@ -22,24 +23,31 @@ SITES = "sites.csv"  # in the folder above: site,split and file, path or image
 
 def read_samples(site: SiteData, job: Job) -> Iterator[Sample]:
     """All images of a site that have a mask; see ``shared.samples.read_samples``."""
-    form = site.format
+    form = "csv" if composed(job) else site.format
     if form == "auto":
         form = "csv" if site.csv or (site.root / "labels.csv").is_file() else "masks"
     return _READERS[form](site, job)
 
 
 def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
-    """Columns path and mask; label if the job has labels of whole images; optional patient, split, frame."""
-    table, rows = read_rows(site, ["path", "mask", *(["label"] if job.labels else [])])
+    """Columns path and mask; label if the job has labels of whole images; optional patient, split, frame.
+
+    Of cases of several images ``path:NAME`` for each of them, all on the mask's grid.
+    """
+    needed = [] if job.modalities else ["path"]
+    table, rows = read_rows(site, [*needed, "mask", *(["label"] if job.labels else [])])
     require_files(site, table, rows, "mask")
+    if composed(job):
+        require_parts(site, table, rows, job)
     for line, row in enumerate(rows, start=2):
         where = f"{table} line {line}"
-        more: dict[str, object] = {"mask": row["mask"]}
+        more: dict[str, object] = {"mask": row["mask"]} | parts_of(row, where, site, job)
+        path = str(more.pop("path"))
         if row.get("frame"):
             more["frame"] = parse_frame(row["frame"], where)
-        patient = row.get("patient") or volume_patient(site.root / row["path"]) or row["path"]
+        patient = row.get("patient") or volume_patient(site.root / path) or path
         split = parse_split(row.get("split") or "", where)
-        yield make_sample(job, row["path"], _target(row, where, site, job), patient, split, **more)
+        yield make_sample(job, path, _target(row, where, site, job), patient, split, **more)
 
 
 def _from_masks(site: SiteData, job: Job) -> Iterator[Sample]:

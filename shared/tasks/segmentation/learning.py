@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.composed import count_missing, flagged
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums
@@ -120,7 +121,10 @@ def _through(model: nn.Module, image: Tensor, job: Job) -> tuple[Tensor, Tensor 
 
 
 def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> Sums:
-    """What a model does on a data set, as sums that add up over sites; see ``metrics.Tally``."""
+    """What a model does on a data set, as sums that add up over sites; see ``metrics.Tally``.
+
+    If cases may lack an image, ``missing`` says how many do; see ``composed.count_missing``.
+    """
     tally = Tally(job)
     of_images: list[tuple[Tensor, Sequence[tuple[int, ...]]]] = []
     for index, (logits, of_image) in enumerate(outcomes(model, data, job, device)):
@@ -133,7 +137,9 @@ def collect(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
         tally.add(loss, overlap(predicted, truth, len(job.classes)), distances, _objects(predicted, mask, job))
         if of_image is not None:
             of_images.append((of_image[None].double(), [data.samples[index].target]))
-    return with_labels(tally.sums, labels.sums_of_logits(of_images, label_job(job))) if job.labels else tally.sums
+    missing: Sums = {"missing": count_missing(data.samples, job)} if flagged(job) else {}
+    of_labels = with_labels(tally.sums, labels.sums_of_logits(of_images, label_job(job))) if job.labels else tally.sums
+    return of_labels | missing
 
 
 def _distances(predicted: np.ndarray, truth: np.ndarray, spacing: np.ndarray, classes: int) -> list[float]:

@@ -115,6 +115,8 @@ def consistent(sums: Sums, job: Job) -> bool:
     good &= sums["iou"] <= sums["dice"] + slack and sums["dice"] <= sums["dice_n"] + slack  # type: ignore[operator]
     if job.data.masks == "instances":
         good &= sums["aji_intersection"] <= sums["aji_union"]  # type: ignore[operator]
+    missing: list[int] = sums.get("missing", [])  # type: ignore[assignment]
+    good &= all(count <= n for count in missing)
     return bool(good) and (not job.labels or labels.consistent(_labels_of(sums), label_job(job)))
 
 

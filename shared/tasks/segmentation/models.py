@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.cases import derived_seed
+from shared.composed import composed, stacked_channels
 from shared.config import Job, nearest
 from shared.errors import UserError
 from shared.imaging.volumes import window_ends
@@ -235,7 +236,7 @@ def patch_size(job: Job) -> tuple[int, ...]:
 
 def example(job: Job) -> tuple[Tensor, ...]:
     """What the network takes of one case: a patch (1, channels, *patch)."""
-    return (torch.zeros(1, job.data.channels, *patch_size(job)),)
+    return (torch.zeros(1, stacked_channels(job), *patch_size(job)),)
 
 
 def head_prefix(job: Job) -> str:
@@ -277,12 +278,26 @@ def check(job: Job) -> None:
         raise UserError("data.multilabel: a pixel, and an image, has one class; set it to false for segmentation")
     if len(job.labels) == 1:
         raise UserError(f"data.labels = {job.data.labels!r}: name two or more classes of the whole image, or none")
-    for key in ("modalities", "tabular"):
-        if getattr(job.data, key):
-            raise UserError(f"data.{key}: segmentation takes one image per case; leave it empty")
+    _check_composed(job, entry)
     _check_grey(job, flat)
     if job.model.weights and not entry.published and not is_file_of_weights(job.model.weights):
         raise UserError(f"model.weights = {job.model.weights!r}: {job.model.name} has none published; give a file")
+
+
+def _check_composed(job: Job, entry: Entry) -> None:
+    """Several images of a case are stacked as channels of one network."""
+    if job.data.tabular:
+        raise UserError("data.tabular: segmentation takes images only; leave it empty")
+    if job.model.fusion == "late":
+        raise UserError("model.fusion = 'late': segmentation stacks the images of a case; write early")
+    if not composed(job):
+        return
+    if job.data.format not in ("auto", "csv", "cases"):
+        raise UserError(
+            f"data.format = {job.data.format!r}: the images of a case come in a table; write 'csv' or 'auto'"
+        )
+    if job.model.weights and entry.published and not is_file_of_weights(job.model.weights):
+        raise UserError(f"model.weights = {job.model.weights!r}: published weights take one image; give a file")
 
 
 def _check_grey(job: Job, flat: bool) -> None:
@@ -305,7 +320,7 @@ def build_model(job: Job) -> nn.Module:
     entry = _entry(job)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(job.seed, "initial weights"))
-        model = entry.build(job)
+        model = entry.build(job.replace(data__channels=stacked_channels(job)))
     if job.model.weights:
         load_weights(model, job, entry.head)
     if job.model.freeze == "backbone":

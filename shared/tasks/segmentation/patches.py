@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -77,17 +77,28 @@ def change(image: Tensor, mask: Tensor, job: Job) -> tuple[Tensor, Tensor]:
 
 
 def _change_picture(image: Tensor, mask: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-    steps = _picture_changes(job)
-    if steps is None:
-        return image, mask
-    from torchvision import tv_tensors
+    places, values = _picture_changes(job)
+    if places is not None:
+        from torchvision import tv_tensors
 
-    changed, its_mask = steps(tv_tensors.Image(image), tv_tensors.Mask(mask[None]))
-    return changed.as_subclass(Tensor), its_mask.as_subclass(Tensor)[0]
+        changed, its_mask = places(tv_tensors.Image(image), tv_tensors.Mask(mask[None]))
+        image, mask = changed.as_subclass(Tensor), its_mask.as_subclass(Tensor)[0]
+    return (image if values is None else _each_alike(image, values, job)), mask
+
+
+def _each_alike(image: Tensor, change: Callable[[Tensor], Tensor], job: Job) -> Tensor:
+    """Change each image of a case by the same random numbers."""
+    state = torch.get_rng_state()
+    changed: list[Tensor] = []
+    for part in image.chunk(max(1, len(job.modalities))):
+        torch.set_rng_state(state)
+        changed.append(change(part))
+    return torch.cat(changed) if len(changed) > 1 else changed[0]
 
 
 @lru_cache(maxsize=16)
-def _picture_changes(job: Job) -> torch.nn.Module | None:
+def _picture_changes(job: Job) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
+    """What moves pixels, of images and mask, and what changes their values, of one image; None where nothing does."""
     from torchvision.transforms import InterpolationMode, v2
 
     settings = job.augment
@@ -102,10 +113,11 @@ def _picture_changes(job: Job) -> torch.nn.Module | None:
         size = job.data.size
         shift = settings.shift * size / (size + 2 * margin(job, (size, size))[0])
         steps.append(v2.RandomAffine(settings.rotate, (shift, shift), zoom, interpolation=InterpolationMode.BILINEAR))
+    values = None
     if settings.intensity or settings.colour:
         saturation, hue = (settings.colour, settings.colour / 5) if job.data.channels == 3 else (0.0, 0.0)
-        steps.append(v2.ColorJitter(settings.intensity, settings.intensity, saturation, hue))
-    return v2.Compose(steps) if steps else None
+        values = v2.ColorJitter(settings.intensity, settings.intensity, saturation, hue)
+    return (v2.Compose(steps) if steps else None), values
 
 
 def _change_volume(image: Tensor, mask: Tensor, job: Job) -> tuple[Tensor, Tensor]:
@@ -114,7 +126,11 @@ def _change_volume(image: Tensor, mask: Tensor, job: Job) -> tuple[Tensor, Tenso
             image, mask = image.flip(axis), mask.flip(axis)
     if job.augment.intensity:
         brightness, contrast = 1 + job.augment.intensity * (2 * torch.rand(2) - 1)
-        image = image * brightness
-        middle = image.mean()
-        image = (middle + (image - middle) * contrast).clamp(0, 1)
+
+        def lit(part: Tensor) -> Tensor:
+            part = part * brightness
+            middle = part.mean()
+            return torch.clamp(middle + (part - middle) * contrast, 0, 1)
+
+        image = _each_alike(image, lit, job)
     return image, mask

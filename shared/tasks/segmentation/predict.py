@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from shared.cases import Sample, SiteData
+from shared.composed import composed, find_cases
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.imaging.dicom import dicom_frame_count
@@ -58,9 +59,12 @@ def predict(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
 def find(path: Path, job: Job) -> list[Sample]:
     """The unlabelled cases in a file or folder: pictures for a 2D network, volumes (NIfTI, DICOM series) for a 3D one.
 
-    Paths are relative to the folder, or to that of the file. Of a site's own folder the masks are no cases.
+    Paths are relative to the folder, or to that of the file. Of a site's own folder the masks are no cases. Cases of
+    several images come in a table.
     """
     flat = dimensions(job) == 2
+    if composed(job):
+        return find_cases(path, job)
     if not path.is_dir() or (not flat and is_volume(path)):
         name = path.name if path.is_file() else "."
         return [make_sample(job, name, (), path.name, "test")]

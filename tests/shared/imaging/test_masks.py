@@ -118,7 +118,9 @@ def test_values_go_through_the_label_map_of_the_site(tmp_path: Path) -> None:
     label_map = {"1": "spleen", "2": "liver", "7": "", "255": "background"}
     assert read_mask(file, (1, 5), ORGANS, label_map).tolist() == [[0, 2, 1, 0, 0]]
     assert code(lambda: organs(file, (1, 5)), file, "value 7", "1 liver, 2 spleen, 3 lesion") == "unknown-class"
-    with pytest.raises(SiteRefusal, match=r"m.png: value 7 is not a class of the job \(liver, spleen") as caught:
+    with pytest.raises(
+        SiteRefusal, match=r"m.png: value 7: .* which is not a class of the job \(liver, spleen"
+    ) as caught:
         read_mask(file, (1, 5), ORGANS, {"7": "pancreas"})
     assert caught.value.code == "unknown-label"
 
@@ -254,8 +256,13 @@ def test_real_segmentations_as_highdicom_reads_them(real: tuple[Path, Volume], t
     wanted = by_highdicom(soft, volume, files, 1) >= 0.5
     assert np.array_equal(read_mask(soft, shape, ["bone"], names, like=volume), wanted)
     assert wanted.sum() > 0
-    with pytest.raises(SiteRefusal, match=r"segment 'first segment' is not a class of the job \(liver, spleen"):
-        organs(folder / "seg_image_ct_binary.dcm", shape, like=volume)
+    binary, says = (
+        folder / "seg_image_ct_binary.dcm",
+        "segment 'first segment' is not a class of the job (liver, spleen",
+    )
+    assert code(lambda: organs(binary, shape, like=volume), binary, says) == "unknown-class"
+    with pytest.raises(SiteRefusal, match=r"makes it 'livre', which is not a class of the job \(liver, spleen"):
+        organs(binary, shape, like=volume, label_map={"first segment": "livre"})
     with pytest.raises(ValueError, match="like"):
         read_mask(soft, shape, ["bone"], names)
 

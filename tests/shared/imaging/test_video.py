@@ -183,6 +183,44 @@ def test_a_film_cut_off_is_truncated_but_its_first_frames_can_be_read(name: str,
     assert np.array_equal(read_image(cut, 1), read_image(films / name, 1))
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_a_film_cut_within_a_frame_is_truncated(share: float, films: Path, tmp_path: Path) -> None:
+    """Wherever the cut goes: the decoder stumbles over what is left of the frame before the film's end is reached."""
+    import av
+
+    with av.open(str(films / "h264.mov")) as film:
+        entries = film.streams.video[0].index_entries
+        entry = entries[int(len(entries) * share)]
+    cut = tmp_path / "cut.mov"
+    cut.write_bytes((films / "h264.mov").read_bytes()[: entry.pos + entry.size // 2])
+    assert everything(cut) == ["truncated"] * 3
+
+
+ODD = {
+    "odd sides": ["-vf", "crop=95:63", "-pix_fmt", "yuv444p"],
+    "variable rate": [
+        "-vf",
+        "select=not(mod(n\\,3))+eq(n\\,4),setpts=N*N/TB/20",
+        "-vsync",
+        "vfr",
+        "-pix_fmt",
+        "yuv420p",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_films_are_what_ffmpeg_writes(name: str, films: Path, ffmpeg: Callable[..., None], tmp_path: Path) -> None:
+    film = tmp_path / "odd.mp4"
+    ffmpeg("-i", films / "ffv1.mkv", *ODD[name], "-c:v", "libx264", film)
+    wanted = pngs(ffmpeg, film, tmp_path / "png")
+    found = list(frames(film))
+    assert len(found) == len(wanted) > 5
+    for picture, other in zip(found, wanted, strict=True):
+        assert picture.shape == other.shape
+        assert np.abs(np.rint(picture * 255) - other).max() <= 3
+
+
 def test_a_film_whose_index_is_missing_is_corrupt(films: Path, tmp_path: Path) -> None:
     content = (films / "h264.mp4").read_bytes()  # its index is at the end
     cut = tmp_path / "cut.mp4"

@@ -21,13 +21,13 @@ from torch import Tensor
 
 import shared.tasks.classification as task
 from shared.cases import Sample, SiteData
+from shared.composed import parse_number
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset, load_dataset
 from shared.samples import read_samples
 from shared.tasks import add_sums
 from shared.tasks.classification import MODELS, build_model, check, collect, consistent, find, step, summarise
-from shared.tasks.classification.cases import parse_number
 from shared.tasks.classification.data import Batch
 from shared.tasks.classification.fusion import Ramps
 from shared.tasks.classification.models import example, head_prefix

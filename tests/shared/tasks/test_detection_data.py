@@ -181,6 +181,55 @@ def test_a_voc_image_goes_by_the_name_of_its_annotation_where_the_file_name_is_w
     assert read_samples(write_voc(tmp_path, image="elsewhere.jpg"), JOB)[0].path == "JPEGImages/one.png"
 
 
+def test_names_of_voc_files_may_hold_spaces_and_brackets(tmp_path: Path) -> None:
+    site = write_voc(tmp_path)
+    for name in ("cell [2] 1", "cell 1"):
+        write_picture(tmp_path / "JPEGImages" / f"{name}.png")
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(VOC.format(image="elsewhere.png", label="cell"))
+    (tmp_path / "Annotations" / "._one.xml").write_bytes(b"\0\5\x16\7")  # as macOS leaves beside files
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("cell [2] 1\ncell 1 -1\none  1\n")
+    found = read_samples(site, JOB)
+    assert [case.path for case in found] == [f"JPEGImages/{name}.png" for name in ("cell 1", "cell [2] 1", "one")]
+    assert {case.split for case in found} == {"test"}
+
+
+def test_a_listed_voc_image_without_annotation_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    site = write_voc(tmp_path)
+    write_picture(tmp_path / "JPEGImages" / "two.png")
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("one\ntwo\n")
+    data = load_dataset(read_samples(site, JOB), SiteData("a", tmp_path, max_unreadable=0.5), JOB)
+    assert [sample.path for sample in data.samples] == ["JPEGImages/one.png"]
+    assert [(skip.path, skip.code) for skip in data.skipped] == [("Annotations/two.xml", "no-annotation")]
+
+
+def test_coco_files_as_other_programs_write_them(tmp_path: Path) -> None:
+    """Identifiers that are words, polygons beside the boxes, paths seen from either folder, a mark in front."""
+    images = [{"id": "A", "file_name": "in.png"}, {"id": "B", "file_name": "images/a b/deep.png"}]
+    boxes = [
+        {"id": "x", "image_id": "A", "category_id": 3, "bbox": [1, 2, 3, 4], "segmentation": [[1, 2, 4, 2, 4, 6]]},
+        {
+            "id": "y",
+            "image_id": "B",
+            "category_id": 3,
+            "bbox": [5, 6, 7, 8],
+            "segmentation": {"counts": "0", "size": []},
+        },
+    ]
+    write_picture(tmp_path / "images" / "in.png")
+    write_picture(tmp_path / "images" / "a b" / "deep.png")
+    site = write_coco(tmp_path, images=images, annotations=boxes)
+    annotations = tmp_path / "annotations.json"
+    annotations.write_bytes(b"\xef\xbb\xbf" + annotations.read_bytes())
+    found = read_samples(site, JOB)
+    assert [(case.path, case.boxes) for case in found] == [
+        ("images/a b/deep.png", ((1, 5, 6, 7, 8),)),
+        ("images/in.png", ((1, 1, 2, 3, 4),)),
+    ]
+    assert len(load_dataset(found, site, JOB)) == 2
+
+
 def test_every_real_voc_file_is_read_as_pillow_and_its_xml_say(shared_data: Callable[[str], Path]) -> None:
     root = shared_data("bccd_voc_fixture")
     site = SiteData("voc", root, label_map={"Platelets": "Platelet"})
@@ -269,7 +318,9 @@ def test_a_table_that_is_wrong_is_refused_by_line(
         ),
         ({"annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [0, 0]}]}, "bad-table", "four numbers"),
         ({"annotations": [{"id": 1, "image_id": 7}]}, "bad-table", "category_id"),
+        ({"annotations": [{"id": 4, "image_id": 7, "category_id": 3}]}, "bad-table", "annotation 4: box.*four numbers"),
         ({"annotations": 5}, "bad-table", "not a COCO file"),
+        ({"images": [{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}]}, "bad-table", "b.png.*id 7"),
         ({"images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "a.png"}]}, "bad-table", "a.png.*twice"),
         ({"images": [{"id": 7, "file_name": "a.mp4"}], "annotations": []}, "bad-table", "a.mp4.*film.*'frame'"),
     ],
