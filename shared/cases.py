@@ -41,7 +41,8 @@ class Sample:
     ``key`` pick a frame of a file and an array of an npz; ``box`` = (x, y, width, height) in pixels of the decoded
     image cuts a part out. ``mask`` is the file or folder of its mask, ``boxes`` are its objects as (class, x, y, width,
     height), ``paths`` all images of a case of several, in the order of the job's modalities with "" where one is
-    missing (``path`` is then the first that is there), and ``values`` its numbers, NaN where missing.
+    missing (``path`` is then the first that is there), and ``values`` its numbers, NaN where missing. ``fault`` is the
+    code and the detail of what makes the case useless, where its annotation alone tells.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Sample:
     boxes: tuple[tuple[int, float, float, float, float], ...] = ()
     paths: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
+    fault: tuple[str, str] | None = None
 
     @property
     def id(self) -> str:

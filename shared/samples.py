@@ -193,12 +193,14 @@ def write_cases(samples: Iterable[Sample]) -> str:
     """Samples as CSV text that the format ``cases`` reads back: the record of a partition, the same for every task."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)  # a bare "\r" in a name would end the row
-    rows.writerow(["path", "split", "patient", "target", "frame", "key", "box", "mask", "boxes", "paths", "values"])
+    rows.writerow(
+        ["path", "split", "patient", "target", "frame", "key", "box", "mask", "boxes", "paths", "values", "fault"]
+    )
     for sample in samples:
-        more = [sample.target, sample.box, sample.boxes, sample.paths, [None if v != v else v for v in sample.values]]
-        target, box, boxes, paths, values = map(json.dumps, more)
-        first = (sample.path, sample.split, sample.patient, target, sample.frame, sample.key)
-        rows.writerow([*first, box, sample.mask, boxes, paths, values])
+        values = [None if value != value else value for value in sample.values]
+        more = map(json.dumps, (sample.boxes, sample.paths, values, sample.fault))
+        place = (sample.path, sample.split, sample.patient, json.dumps(sample.target), sample.frame, sample.key)
+        rows.writerow([*place, json.dumps(sample.box), sample.mask, *more])
     return table.getvalue()
 
 
@@ -207,8 +209,8 @@ def _read_cases(site: SiteData) -> list[Sample]:
     found = []
     for line, row in enumerate(rows, start=2):
         try:
-            target, box, boxes, paths, values = (
-                json.loads(row[name]) for name in ("target", "box", "boxes", "paths", "values")
+            target, box, boxes, paths, values, fault = (
+                json.loads(row[name]) for name in ("target", "box", "boxes", "paths", "values", "fault")
             )
             sample = Sample(
                 row["path"],
@@ -222,6 +224,7 @@ def _read_cases(site: SiteData) -> list[Sample]:
                 tuple(map(tuple, boxes)),
                 tuple(paths),
                 tuple(math.nan if value is None else value for value in values),
+                None if fault is None else tuple(fault),
             )
         except (KeyError, TypeError, ValueError):
             raise SiteRefusal("bad-table", f"{table} line {line}: not as a partition writes it") from None

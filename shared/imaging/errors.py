@@ -30,6 +30,7 @@ CODES: Final[dict[str, str]] = {
     "frame-out-of-range": "the file has no frame of that number",
     "box-outside": "an object's box lies outside the picture",
     "no-annotation": "a film of which no frame is annotated, or an image listed without its annotation",
+    "bad-annotation": "the file that should say what an image shows is none",
     "no-frames": "a film or signal of length zero",
     "uneven-frames": "frames of a film differ in size, colour or depth",
     "no-order": "the frames of a film do not say in which order they come",

@@ -16,7 +16,7 @@ from shared.imaging.dataset import Dataset, to_float, to_uint16
 from shared.imaging.errors import UnreadableImage
 from shared.imaging.read import fit, read_image
 from shared.tasks.detection.boxes import LEAST_SIDE, Objects, objects_of, require_inside
-from shared.tasks.detection.formats import NOTHING_ANNOTATED, read_samples
+from shared.tasks.detection.formats import read_samples
 
 __all__ = ["Batch", "batch", "decode", "decoded_by", "read_samples", "shape_of", "truth"]
 
@@ -39,10 +39,10 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
         whose pixels the sample's boxes are; ``dropped`` int64 (1,), its degenerate boxes.
 
     Raises:
-        UnreadableImage: with a code that says why: the image cannot be read, or a box lies outside it.
+        UnreadableImage: with a code that says why: the image or its annotation is of no use, or a box lies outside.
     """
-    if sample.frame == NOTHING_ANNOTATED:
-        raise UnreadableImage("no-annotation", sample.path)
+    if sample.fault:
+        raise UnreadableImage(*sample.fault)
     picture = read_image(site.root / sample.path, sample.frame, sample.box, sample.key or None)
     shape = (picture.shape[0], picture.shape[1])
     require_inside(sample, shape)

@@ -1,7 +1,8 @@
 """Boxes as people keep them: COCO json, Pascal VOC xml, and a CSV with a row per box (images and films).
 
 Every reader gives one ``Sample`` per image, with or without objects. Boxes are taken as they stand, in pixels of the
-image; what is degenerate or outside is found when the image is decoded.
+image; what is degenerate or outside is found when the image is decoded. An image whose annotation is of no use is a
+sample with a ``fault``: it counts as one that cannot be read, and the others go on.
 """
 
 from __future__ import annotations
@@ -35,9 +36,6 @@ from shared.samples import (
 
 Boxes = list[tuple[int, float, float, float, float]]
 
-#: The frame of a film of which no frame is annotated, and of an image without its annotation file: it stands for a
-#: file that cannot be used.
-NOTHING_ANNOTATED = "none"
 _PLACE = ("x", "y", "width", "height")
 
 
@@ -81,6 +79,22 @@ def _guess_format(site: SiteData) -> str:
     )
 
 
+def _class(word: str, where: str, site: SiteData, job: Job) -> int:
+    """The class of an object as the site writes it.
+
+    Raises:
+        UnreadableImage: "unknown-class": the image is of no use, for what it shows would count as nothing.
+        SiteRefusal: the site's own label map makes it a class that the job has not.
+    """
+    try:
+        return class_index(word, where, site, job.classes)
+    except SiteRefusal as refusal:
+        if word in site.label_map:
+            raise
+        problem = UnreadableImage("unknown-class", str(refusal))
+    raise problem
+
+
 # --- a CSV with a row per box -----------------------------------------------------------------------------------------
 
 
@@ -97,14 +111,18 @@ def _from_csv(site: SiteData, job: Job) -> Iterator[Sample]:
         where = members[0][0]
         if not frame and is_video_name(path):
             raise SiteRefusal("bad-table", f"{where}: {path} is a film; name the frame, from 0, in the column frame")
-        more = {"frame": parse_frame(frame, where)} if frame else {}
+        more: dict[str, object] = {"frame": parse_frame(frame, where)} if frame else {}
         patient, split = _agreed("patient", members), parse_split(_agreed("split", members), where)
         patient = patient or patient_of(site.root / path, path)
-        yield make_sample(job, path, (), patient, split, boxes=tuple(_row_boxes(members, site, job)), **more)
+        try:
+            more["boxes"] = tuple(_row_boxes(members, site, job))
+        except UnreadableImage as error:
+            more["fault"] = (error.code, error.detail)
+        yield make_sample(job, path, (), patient, split, **more)
     named = {path for path, _ in groups}
     for film in _films(site.root):
         if film not in named:
-            yield make_sample(job, film, (), film, frame=NOTHING_ANNOTATED)
+            yield make_sample(job, film, (), film, fault=("no-annotation", film))
 
 
 def _agreed(column: str, members: list[tuple[str, Row]]) -> str:
@@ -122,7 +140,7 @@ def _row_boxes(members: list[tuple[str, Row]], site: SiteData, job: Job) -> Boxe
     for where, row in members:
         label, parts = (row["label"] or "").strip(), [row[key] for key in _PLACE]
         if label:
-            boxes.append((class_index(label, where, site, job.classes), *parse_box(parts, where)))
+            boxes.append((_class(label, where, site, job), *parse_box(parts, where)))
         elif any(parts) or len(members) > 1:
             raise SiteRefusal(
                 "bad-table", f"{where}: an empty label says that {row['path']} shows no object, but a row of it has one"
@@ -155,6 +173,7 @@ def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
 def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator[Sample]:
     names = {item["id"]: item["name"] for item in content["categories"]}
     boxes: dict[Any, Boxes] = {}
+    faults: dict[Any, tuple[str, str]] = {}
     for item in content["images"]:
         if item["id"] in boxes:  # whose are its boxes?
             raise SiteRefusal("bad-table", f"{path} image {item['file_name']}: another one has its id {item['id']!r}")
@@ -163,11 +182,15 @@ def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator
         where = f"{path} annotation {item.get('id', '?')}"
         if item["image_id"] not in boxes:
             raise SiteRefusal("bad-table", f"{where}: there is no image {item['image_id']!r}")
-        if item["category_id"] not in names:
-            raise SiteRefusal("unknown-label", f"{where}: there is no category {item['category_id']!r}")
-        if not item.get("iscrowd"):
-            kind = class_index(names[item["category_id"]], where, site, job.classes)
-            boxes[item["image_id"]].append((kind, *parse_box(item.get("bbox") or (), where)))
+        if item.get("iscrowd"):
+            continue
+        number, place = item["category_id"], parse_box(item.get("bbox") or (), where)
+        try:
+            if number not in names:
+                raise UnreadableImage("unknown-class", f"{where}: there is no category {number!r}")
+            boxes[item["image_id"]].append((_class(names[number], where, site, job), *place))
+        except UnreadableImage as error:
+            faults.setdefault(item["image_id"], (error.code, error.detail))
     seen: set[tuple[str, Any]] = set()
     for image in content["images"]:
         name, frame = _coco_file(site, image["file_name"]), image.get("frame")
@@ -177,9 +200,10 @@ def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator
         seen.add((name, frame))
         if frame is None and is_video_name(name):
             raise SiteRefusal("bad-table", f"{where}: is a film; give the image a 'frame', a number from 0")
-        more = {} if frame is None else {"frame": parse_frame(str(frame), where)}
+        more: dict[str, object] = {} if frame is None else {"frame": parse_frame(str(frame), where)}
+        more |= {"boxes": tuple(boxes[image["id"]]), "fault": faults.get(image["id"])}
         patient, split = str(image.get("patient") or name), parse_split(image.get("split", ""), where)
-        yield make_sample(job, name, (), patient, split, boxes=tuple(boxes[image["id"]]), **more)
+        yield make_sample(job, name, (), patient, split, **more)
 
 
 def _coco_file(site: SiteData, name: str) -> str:
@@ -202,17 +226,33 @@ def _from_voc(site: SiteData, job: Job) -> Iterator[Sample]:
     splits = {stem: split for split in SPLITS for stem in _listed(sets / f"{split}.txt", stems)}
     for stem in sorted(splits.keys() - stems):
         name = f"Annotations/{stem}.xml"
-        yield make_sample(job, name, (), name, splits[stem], frame=NOTHING_ANNOTATED)
+        yield make_sample(job, name, (), name, splits[stem], fault=("no-annotation", name))
     for path in annotations:
+        split, name = splits.get(path.stem), f"Annotations/{path.name}"
         try:
-            root = ElementTree.parse(path).getroot()
-            image = _voc_image(root, path, site)
-            boxes = [_voc_box(item, path, site, job) for item in root.iter("object")]
-        except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-            raise SiteRefusal("bad-table", f"{path}: not a Pascal VOC file: {error}") from None
-        yield make_sample(
-            job, image, (), patient_of(site.root / image, image), splits.get(path.stem), boxes=tuple(boxes)
-        )
+            image, boxes = _voc_file(path, site, job)
+        except UnreadableImage as error:
+            yield make_sample(job, name, (), name, split, fault=(error.code, error.detail))
+        else:
+            yield make_sample(job, image, (), patient_of(site.root / image, image), split, boxes=tuple(boxes))
+
+
+def _voc_file(path: Path, site: SiteData, job: Job) -> tuple[str, Boxes]:
+    """The image that an annotation file describes, and its boxes.
+
+    Raises:
+        UnreadableImage: "bad-annotation", "not-found" where there is no such image, "unknown-class".
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+        return _voc_image(root, path, site), [_voc_box(item, path, site, job) for item in root.iter("object")]
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
+        problem = UnreadableImage("bad-annotation", f"{path}: not a Pascal VOC file: {error}")
+    except SiteRefusal as refusal:  # of a single box: a word where a number belongs
+        if refusal.code != "bad-table":
+            raise
+        problem = UnreadableImage("bad-annotation", str(refusal))
+    raise problem
 
 
 def _listed(path: Path, stems: set[str]) -> list[str]:
@@ -233,7 +273,7 @@ def _voc_image(root: ElementTree.Element, path: Path, site: SiteData) -> str:
         return f"JPEGImages/{named}"
     own = [file for file in sorted(folder.glob(f"{glob.escape(path.stem)}.*")) if is_image_name(file)]
     if not own:
-        raise SiteRefusal("missing-files", f"{path}: its image {named or path.stem!r} is not in {folder}")
+        raise UnreadableImage("not-found", f"{path}: its image {named or path.stem!r} is not in {folder}")
     return f"JPEGImages/{own[0].name}"
 
 
@@ -241,7 +281,7 @@ def _voc_box(item: ElementTree.Element, path: Path, site: SiteData, job: Job) ->
     name = (item.findtext("name") or "").strip()
     ends = [(item.findtext(f"bndbox/{key}") or "").strip() for key in ("xmin", "ymin", "xmax", "ymax")]
     x1, y1, x2, y2 = parse_box(ends, str(path))
-    return class_index(name, str(path), site, job.classes), x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1
+    return _class(name, str(path), site, job), x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1
 
 
 _READERS = {"csv": _from_csv, "coco": _from_coco, "voc": _from_voc}

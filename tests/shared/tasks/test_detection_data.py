@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,7 +280,6 @@ def test_lungs_are_one_folder_with_two_classes(shared_data: Callable[[str], Path
 @pytest.mark.parametrize(
     ("rows", "code", "says"),
     [
-        ([row("a.png", "nerve", (1, 2, 3, 4))], "unknown-label", "line 2.*'nerve'.*cell, dot.*label_map"),
         ([row("a.png", "cell", (1, 2, 3))], "bad-table", "line 2.*four numbers"),
         ([row("a.png", "cell", ("nan", 2, 3, 4))], "bad-table", "line 2.*four numbers"),  # type: ignore[arg-type]
         ([row("a.png", "", (1, 2, 3, 4))], "bad-table", "line 2.*empty label.*a.png"),
@@ -309,8 +310,6 @@ def test_a_table_that_is_wrong_is_refused_by_line(
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [
-        ({"categories": [{"id": 3, "name": "dot"}]}, "unknown-label", "annotation 2.*category 5"),
-        ({"categories": [{"id": 3, "name": "dot"}, {"id": 5, "name": "x"}]}, "unknown-label", "annotation 2.*'x'"),
         (
             {"annotations": [{"id": 1, "image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]},
             "bad-table",
@@ -340,25 +339,58 @@ def test_what_is_no_coco_file_is_refused(tmp_path: Path, content: str) -> None:
         read_samples(SiteData("a", tmp_path), JOB)
 
 
-def test_what_is_no_voc_file_is_refused_by_name(tmp_path: Path) -> None:
+def fault_of(site: SiteData) -> tuple[str, str]:
+    """The fault of the one sample that has one."""
+    (found,) = (sample for sample in read_samples(site, JOB) if sample.fault)
+    with pytest.raises(UnreadableImage) as caught:
+        decode(found, site, JOB)
+    assert (caught.value.code, caught.value.detail) == found.fault
+    assert found.fault is not None
+    return found.fault
+
+
+def test_an_image_with_an_object_of_an_unknown_class_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
+    for name in "ab":
+        write_picture(tmp_path / "table" / f"{name}.png")
+    rows = [row("a.png", "nerve", (1, 2, 3, 4)), row("a.png", "cell", (1, 2, 3, 4)), row("b.png", "cell", (1, 2, 9, 9))]
+    table = write_table(tmp_path / "table", rows)
+    code, detail = fault_of(table)
+    assert code == "unknown-class"
+    assert re.search(r"labels.csv line 2: label 'nerve' is not a class of the job .cell, dot.; map it", detail)
+    with pytest.raises(SiteRefusal, match="'nerve' is not a class"):  # every such label would be wrong
+        read_samples(dataclasses.replace(table, label_map={"nerve": "neuron"}), JOB)
+    assert len(read_samples(dataclasses.replace(table, label_map={"nerve": "dot"}), JOB)) == 2
+    data = load_dataset(read_samples(table, JOB), dataclasses.replace(table, max_unreadable=0.5), JOB)
+    assert [(item.path, item.code) for item in data.skipped] == [("a.png", "unknown-class")]
+    assert [sample.path for sample in data.samples] == ["b.png"]
+    for number, (categories, says) in enumerate(
+        (([{"id": 3, "name": "dot"}], "category 5"), ([{"id": 3, "name": "dot"}, {"id": 5, "name": "x"}], "'x'"))
+    ):
+        code, detail = fault_of(write_coco(tmp_path / f"coco{number}", categories=categories))
+        assert code == "unknown-class"
+        assert re.search(rf"annotations.json annotation 2: .*{says}", detail)
+
+
+def test_of_a_voc_file_that_is_wrong_its_image_is_left_out_and_named(tmp_path: Path) -> None:
     site = write_voc(tmp_path)
     annotation = tmp_path / "Annotations" / "one.xml"
-    good = annotation.read_text()
+    good, others = annotation.read_text(), len(read_samples(site, JOB)) - 1
     for content, code, says in (
-        (good[:-20], "bad-table", "not a Pascal VOC file"),
-        (good.replace("21", "two"), "bad-table", "four numbers"),
-        (good.replace("<xmax>30</xmax>", ""), "bad-table", "four numbers"),
-        (good.replace("cell", "nerve"), "unknown-label", "'nerve'"),
+        (good[:-20], "bad-annotation", "not a Pascal VOC file"),
+        (good.replace("21", "two"), "bad-annotation", "four numbers"),
+        (good.replace("<xmax>30</xmax>", ""), "bad-annotation", "four numbers"),
+        (good.replace("cell", "nerve"), "unknown-class", "'nerve'"),
     ):
         annotation.write_text(content)
-        with pytest.raises(SiteRefusal, match=rf"one\.xml.*{says}") as caught:
-            read_samples(site, JOB)
-        assert caught.value.code == code
+        found, detail = fault_of(site)
+        assert found == code
+        assert re.search(rf"one\.xml.*{says}", detail)
+        assert sum(sample.fault is None for sample in read_samples(site, JOB)) == others
     annotation.write_text(good)
     os.remove(tmp_path / "JPEGImages" / "one.png")
-    with pytest.raises(SiteRefusal, match=r"one\.xml: its image 'one\.png' is not in") as caught:
-        read_samples(site, JOB)
-    assert caught.value.code == "missing-files"
+    code, detail = fault_of(site)
+    assert code == "not-found"
+    assert re.search(r"one\.xml: its image 'one\.png' is not in", detail)
 
 
 def test_a_folder_of_none_of_the_layouts_says_which_there_are(tmp_path: Path) -> None:
