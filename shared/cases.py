@@ -41,8 +41,9 @@ class Sample:
     ``key`` pick a frame of a file and an array of an npz; ``box`` = (x, y, width, height) in pixels of the decoded
     image cuts a part out. ``mask`` is the file or folder of its mask, ``boxes`` are its objects as (class, x, y, width,
     height), ``paths`` all images of a case of several, in the order of the job's modalities with "" where one is
-    missing (``path`` is then the first that is there), and ``values`` its numbers, NaN where missing. ``fault`` is the
-    code and the detail of what makes the case useless, where its annotation alone tells.
+    missing (``path`` is then the first that is there), and ``values`` its numbers, NaN where missing. ``size`` is the
+    width and height of the image that its boxes were drawn in, where the annotation says so; ``fault`` the code and the
+    detail of what makes the case useless, where the annotation alone tells.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Sample:
     boxes: tuple[tuple[int, float, float, float, float], ...] = ()
     paths: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
+    size: tuple[int, int] | None = None
     fault: tuple[str, str] | None = None
 
     @property

@@ -194,11 +194,25 @@ def write_cases(samples: Iterable[Sample]) -> str:
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)  # a bare "\r" in a name would end the row
     rows.writerow(
-        ["path", "split", "patient", "target", "frame", "key", "box", "mask", "boxes", "paths", "values", "fault"]
+        [
+            "path",
+            "split",
+            "patient",
+            "target",
+            "frame",
+            "key",
+            "box",
+            "mask",
+            "boxes",
+            "paths",
+            "values",
+            "size",
+            "fault",
+        ]
     )
     for sample in samples:
         values = [None if value != value else value for value in sample.values]
-        more = map(json.dumps, (sample.boxes, sample.paths, values, sample.fault))
+        more = map(json.dumps, (sample.boxes, sample.paths, values, sample.size, sample.fault))
         place = (sample.path, sample.split, sample.patient, json.dumps(sample.target), sample.frame, sample.key)
         rows.writerow([*place, json.dumps(sample.box), sample.mask, *more])
     return table.getvalue()
@@ -209,8 +223,8 @@ def _read_cases(site: SiteData) -> list[Sample]:
     found = []
     for line, row in enumerate(rows, start=2):
         try:
-            target, box, boxes, paths, values, fault = (
-                json.loads(row[name]) for name in ("target", "box", "boxes", "paths", "values", "fault")
+            target, box, boxes, paths, values, size, fault = (
+                json.loads(row[name]) for name in ("target", "box", "boxes", "paths", "values", "size", "fault")
             )
             sample = Sample(
                 row["path"],
@@ -224,6 +238,7 @@ def _read_cases(site: SiteData) -> list[Sample]:
                 tuple(map(tuple, boxes)),
                 tuple(paths),
                 tuple(math.nan if value is None else value for value in values),
+                None if size is None else tuple(size),
                 None if fault is None else tuple(fault),
             )
         except (KeyError, TypeError, ValueError):

@@ -191,7 +191,7 @@ def _key(samples: Sequence[Sample], site: SiteData, job: Job) -> str:
         for name in sample.files:
             if name not in stamps:
                 stamps[name] = _stamp(site.root / name)
-        what = f"{sample.id} {sample.mask} {sample.paths} {sample.boxes} {sample.values} {sample.fault}"
+        what = f"{sample.id} {sample.mask} {sample.paths} {sample.boxes} {sample.values} {sample.size} {sample.fault}"
         text = f"{what} {' '.join(stamps[name] for name in sample.files)}\n"
         digest.update(text.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]

@@ -29,6 +29,7 @@ CODES: Final[dict[str, str]] = {
     "too-large": "more pixels in one frame than MAX_PIXELS",
     "frame-out-of-range": "the file has no frame of that number",
     "box-outside": "an object's box lies outside the picture",
+    "annotated-size": "the image is of another size than the one its boxes were drawn in",
     "no-annotation": "a film of which no frame is annotated, or an image listed without its annotation",
     "bad-annotation": "the file that should say what an image shows is none",
     "no-frames": "a film or signal of length zero",

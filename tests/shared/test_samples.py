@@ -44,6 +44,8 @@ SAMPLES = st.builds(
     boxes=st.lists(st.tuples(st.integers(0, 9), NUMBERS, NUMBERS, NUMBERS, NUMBERS), max_size=3).map(tuple),
     paths=st.lists(TEXT, max_size=3).map(tuple),
     values=st.lists(st.floats(), max_size=3).map(tuple),
+    size=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    fault=st.none() | st.tuples(st.just("unknown-class"), st.text(max_size=9)),
 )
 
 

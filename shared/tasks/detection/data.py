@@ -45,6 +45,9 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
         raise UnreadableImage(*sample.fault)
     picture = read_image(site.root / sample.path, sample.frame, sample.box, sample.key or None)
     shape = (picture.shape[0], picture.shape[1])
+    if sample.size and sample.size != shape[::-1]:
+        drawn, found = ("x".join(map(str, size)) for size in (sample.size, shape[::-1]))
+        raise UnreadableImage("annotated-size", f"{sample.path} is {found}, its boxes are said to lie in {drawn}")
     require_inside(sample, shape)
     return {
         "image": to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels)),

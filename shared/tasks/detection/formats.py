@@ -201,9 +201,19 @@ def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator
         if frame is None and is_video_name(name):
             raise SiteRefusal("bad-table", f"{where}: is a film; give the image a 'frame', a number from 0")
         more: dict[str, object] = {} if frame is None else {"frame": parse_frame(str(frame), where)}
-        more |= {"boxes": tuple(boxes[image["id"]]), "fault": faults.get(image["id"])}
+        size = _size(image.get("width"), image.get("height"))
+        more |= {"boxes": tuple(boxes[image["id"]]), "size": size, "fault": faults.get(image["id"])}
         patient, split = str(image.get("patient") or name), parse_split(image.get("split", ""), where)
         yield make_sample(job, name, (), patient, split, **more)
+
+
+def _size(width: Any, height: Any) -> tuple[int, int] | None:
+    """Of the image that boxes were drawn in; None where it is not said, as by programs that write 0."""
+    try:
+        size = int(width), int(height)
+    except (TypeError, ValueError):
+        return None
+    return size if min(size) > 0 else None
 
 
 def _coco_file(site: SiteData, name: str) -> str:
@@ -230,22 +240,24 @@ def _from_voc(site: SiteData, job: Job) -> Iterator[Sample]:
     for path in annotations:
         split, name = splits.get(path.stem), f"Annotations/{path.name}"
         try:
-            image, boxes = _voc_file(path, site, job)
+            image, boxes, size = _voc_file(path, site, job)
         except UnreadableImage as error:
             yield make_sample(job, name, (), name, split, fault=(error.code, error.detail))
         else:
-            yield make_sample(job, image, (), patient_of(site.root / image, image), split, boxes=tuple(boxes))
+            patient = patient_of(site.root / image, image)
+            yield make_sample(job, image, (), patient, split, boxes=tuple(boxes), size=size)
 
 
-def _voc_file(path: Path, site: SiteData, job: Job) -> tuple[str, Boxes]:
-    """The image that an annotation file describes, and its boxes.
+def _voc_file(path: Path, site: SiteData, job: Job) -> tuple[str, Boxes, tuple[int, int] | None]:
+    """The image that an annotation file describes, its boxes, and the size they were drawn in.
 
     Raises:
         UnreadableImage: "bad-annotation", "not-found" where there is no such image, "unknown-class".
     """
     try:
         root = ElementTree.parse(path).getroot()
-        return _voc_image(root, path, site), [_voc_box(item, path, site, job) for item in root.iter("object")]
+        boxes = [_voc_box(item, path, site, job) for item in root.iter("object")]
+        return _voc_image(root, path, site), boxes, _size(root.findtext("size/width"), root.findtext("size/height"))
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
         problem = UnreadableImage("bad-annotation", f"{path}: not a Pascal VOC file: {error}")
     except SiteRefusal as refusal:  # of a single box: a word where a number belongs

@@ -393,6 +393,30 @@ def test_of_a_voc_file_that_is_wrong_its_image_is_left_out_and_named(tmp_path: P
     assert re.search(r"one\.xml: its image 'one\.png' is not in", detail)
 
 
+def test_an_image_of_another_size_than_its_boxes_were_drawn_in_is_left_out(tmp_path: Path) -> None:
+    """Shrunk after it was annotated, say: its boxes would lie beside the objects."""
+    site = write_coco(tmp_path)
+    annotations = json.loads((tmp_path / "annotations.json").read_text())
+    width, height = Image.open(tmp_path / "a.png").size
+    for said, good in (((width, height), True), ((0, 0), True), ((2 * width, 2 * height), False)):
+        annotations["images"][0] |= {"width": said[0], "height": said[1]}
+        (tmp_path / "annotations.json").write_text(json.dumps(annotations))
+        found = next(sample for sample in read_samples(site, JOB) if sample.path.endswith("a.png"))
+        if good:
+            decode(found, site, JOB)
+            continue
+        with pytest.raises(UnreadableImage, match="annotated-size") as caught:
+            decode(found, site, JOB)
+        assert f"a.png is {width}x{height}, its boxes are said to lie in {said[0]}x{said[1]}" in caught.value.detail
+    voc = write_voc(tmp_path / "voc")
+    annotation = tmp_path / "voc" / "Annotations" / "one.xml"
+    text = annotation.read_text().replace("<object>", "<size><width>7</width><height>9</height></size><object>", 1)
+    annotation.write_text(text)
+    found = next(sample for sample in read_samples(voc, JOB) if sample.path.endswith("one.png"))
+    with pytest.raises(UnreadableImage, match="annotated-size"):
+        decode(found, voc, JOB)
+
+
 def test_a_folder_of_none_of_the_layouts_says_which_there_are(tmp_path: Path) -> None:
     with pytest.raises(SiteRefusal, match=r"neither labels\.csv, annotations\.json nor a folder Annotations"):
         read_samples(SiteData("a", tmp_path), JOB)
