@@ -39,10 +39,12 @@ def both_outputs(output: Output) -> tuple[Tensor, Tensor | None]:
 
 
 def mask_losses(logits: Tensor, masks: Tensor) -> Tensor:
-    """Cross-entropy (mean over pixels) plus soft Dice loss (mean over the foreground classes), of each image: (b,).
+    """Cross-entropy (mean over pixels) plus soft Dice loss (mean over foreground classes), of each image: (b,).
 
     Dice as by Milletari et al. (3DV 2016) without the squares, per image and not over the batch: one image's
-    gradient then does not depend on the others, which differential privacy needs.
+    gradient then does not depend on the others, which differential privacy needs. The mean is over the classes that the
+    image shows, or over all if it shows none: a class it lacks would otherwise be punished for its mere chance in every
+    pixel, and rare ones never start to be found.
 
     Args:
         logits: (b, 1 + classes, *size), channel 0 the background.
@@ -53,9 +55,10 @@ def mask_losses(logits: Tensor, masks: Tensor) -> Tensor:
     shares = logits.softmax(1).flatten(2)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=masks.device)
     wanted = masks.flatten(1)[:, None] == classes[:, None]  # not one_hot: of a whole volume its int64 would be 8 x this
-    both = (shares * wanted).sum(2)
-    dice = (2 * both + _SMOOTH) / (shares.sum(2) + wanted.sum(2) + _SMOOTH)
-    return entropy + (1 - dice).mean(1)
+    both, pixels = (shares * wanted).sum(2), wanted.sum(2)
+    dice = (2 * both + _SMOOTH) / (shares.sum(2) + pixels + _SMOOTH)
+    counted = (pixels > 0) | ~(pixels > 0).any(1, keepdim=True)
+    return entropy + ((1 - dice) * counted).sum(1) / counted.sum(1)
 
 
 def count_classes(data: Dataset, job: Job) -> list[int]:

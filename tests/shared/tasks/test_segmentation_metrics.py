@@ -287,3 +287,21 @@ def test_the_loss_of_an_image_is_cross_entropy_and_dice_and_its_own() -> None:
         assert float(found[i]) == pytest.approx(float(mask_losses(logits[i : i + 1], masks[i : i + 1])[0]), rel=1e-6)
     right = torch.nn.functional.one_hot(masks, 3).movedim(-1, 1) * 50.0
     assert mask_losses(right, masks).max() < 1e-3
+
+
+def test_classes_that_an_image_lacks_count_in_its_cross_entropy_only() -> None:
+    """Else a rare class is driven to zero: its Dice is 0 wherever it is not, so not finding it at all pays."""
+    from monai.losses import DiceLoss
+
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 9, 8)
+    masks = torch.randint(0, 2, (2, 9, 8)) * 2  # background and class 2
+    masks[1] = 0
+    entropy = torch.nn.functional.cross_entropy(logits, masks, reduction="none").mean((1, 2))
+    of_class = DiceLoss(
+        include_background=False, to_onehot_y=True, softmax=True, smooth_nr=1.0, smooth_dr=1.0, reduction="none"
+    )
+    dice = of_class(logits, masks[:, None]).flatten(1)
+    found = mask_losses(logits, masks)
+    assert float(found[0]) == pytest.approx(float(entropy[0] + dice[0, 1]), rel=1e-5)
+    assert float(found[1]) == pytest.approx(float(entropy[1] + dice[1].mean()), rel=1e-5)
