@@ -116,8 +116,8 @@ def _stacked(first: _Read, others: Sequence[_Read], sample: Sample, job: Job) ->
 
 
 def _same_place(a: Volume, b: Volume) -> bool:
-    """Whether two volumes of one shape lie on one grid; where a file says nothing, it is believed."""
-    return a.affine is None or b.affine is None or same_place(a.affine, b.affine, a.values.shape)
+    """Whether two volumes of one shape lie on one grid; a file that does not say where it lies is believed."""
+    return a.spacing is None or b.spacing is None or same_place(a.affine, b.affine, a.values.shape)
 
 
 def assemble(

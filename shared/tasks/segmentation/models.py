@@ -279,7 +279,7 @@ def check(job: Job) -> None:
     if len(job.labels) == 1:
         raise UserError(f"data.labels = {job.data.labels!r}: name two or more classes of the whole image, or none")
     _check_composed(job, entry)
-    _check_grey(job, flat)
+    _check_changes(job, flat)
     if job.model.weights and not entry.published and not is_file_of_weights(job.model.weights):
         raise UserError(f"model.weights = {job.model.weights!r}: {job.model.name} has none published; give a file")
 
@@ -300,11 +300,14 @@ def _check_composed(job: Job, entry: Entry) -> None:
         raise UserError(f"model.weights = {job.model.weights!r}: published weights take one image; give a file")
 
 
-def _check_grey(job: Job, flat: bool) -> None:
-    """What may be done to grey values differs between pictures and volumes."""
+def _check_changes(job: Job, flat: bool) -> None:
+    """What may be done to images differs between pictures and volumes."""
     window_ends(job.data.window)
     if flat and job.data.window:
         raise UserError("data.window: pictures are read with the window of their file; leave it empty, or take unet3d")
+    for key in ("rotate", "shift", "zoom", "colour"):
+        if not flat and getattr(job.augment, key):
+            raise UserError(f"augment.{key}: volumes are mirrored and change in intensity only; set it to 0")
     if not flat and job.data.harmonise != "none":
         raise UserError(f"data.harmonise = {job.data.harmonise!r}: is for pictures; write none for volumes")
     if not flat and job.data.normalise == "imagenet":

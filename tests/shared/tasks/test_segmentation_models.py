@@ -161,7 +161,7 @@ def test_every_model_can_be_exported(name: str) -> None:
         ({"data__masks": "instances"}, "data.classes"),
         ({"data__multilabel": True}, "data.multilabel"),
         ({"data__labels": "sick"}, "data.labels"),
-        ({"data__modalities": "t1,t2"}, "data.modalities"),
+        ({"data__tabular": "age,sex"}, "data.tabular"),
         ({"model__weights": "DEFAULT"}, "none published"),
         ({"data__window": "0 100"}, "data.window"),
         ({"model__name": "unet3d", "data__window": "100 0"}, "data.window"),
