@@ -238,11 +238,18 @@ _lock = threading.Lock()
 _open: OrderedDict[tuple[str, int, int], _Film] = OrderedDict()
 
 
-def _forget() -> None:
-    """In a forked process the open films, and a lock that may be held, are the parent's."""
-    global _lock, _open
-    _lock, _open = threading.Lock(), OrderedDict()
+def _before_fork() -> None:
+    """Close the open films: a forked process has none of the threads that decode them, and would wait for these."""
+    _lock.acquire()
+    while _open:
+        _open.popitem()[1].close()
+
+
+def _forget_lock() -> None:
+    """In a forked process the lock is new: whoever held it is not there."""
+    global _lock
+    _lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=_before_fork, after_in_parent=lambda: _lock.release(), after_in_child=_forget_lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -82,6 +83,23 @@ def test_frames_in_any_order_are_those_in_order(name: str, films: Path) -> None:
     assert np.array_equal(read_image(films / name), whole[len(whole) // 2])
     cut = read_image(films / name, 5, box=(10, 20, 30, 15))
     assert np.array_equal(cut, whole[5][20:35, 10:40])
+
+
+def test_a_process_forked_while_a_film_is_open_reads_it_too(films: Path) -> None:
+    """The worker processes of a simulation are forked; the threads that decode the film stay behind."""
+    film = films / "h264.mp4"
+    expected = [read_frame(film, k) for k in (0, 3)]
+    worker = multiprocessing.get_context("fork").Process(target=_exits_well_if_equal, args=(film, expected[1]))
+    worker.start()
+    worker.join(60)
+    if worker.exitcode is None:
+        worker.kill()
+    assert worker.exitcode == 0
+    np.testing.assert_array_equal(read_frame(film, 0), expected[0])
+
+
+def _exits_well_if_equal(film: Path, expected: np.ndarray) -> None:
+    os._exit(0 if np.array_equal(read_frame(film, 3), expected) else 1)
 
 
 def test_frames_in_rising_order_cost_one_pass_and_few_films_stay_open(
