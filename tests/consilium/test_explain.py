@@ -348,13 +348,13 @@ def test_of_a_segmenter_the_map_lies_on_what_is_found_and_follows_the_weights() 
     data, job = discs(32, 0)
     settings = {key: value for key, value in job.flat().items() if key.split(".")[0] in ("data", "model")}
     module, model, job = learnt("segmentation", data, **settings)
-    case = module.explainable(model, only(discs(4, 9)[0], 0), job, CPU, "disc")
+    case = module.explainable(model, only(discs(4, 9)[0], 3), job, CPU, "disc")
     assert case.region is not None
     assert 5 < case.region.sum() < 0.15 * case.region.size
     assert f"over the {case.region.sum():,} pixels" in case.where
     near = binary_dilation(case.region[0], iterations=4)
     random = module.build_model(job.replace(seed=77)).eval()
-    other = module.explainable(random, only(discs(4, 9)[0], 0), job, CPU, "disc")
+    other = module.explainable(random, only(discs(4, 9)[0], 3), job, CPU, "disc")
     for method in ("integrated-gradients", "occlusion"):
         maps = np.abs(attribute(model, case, method).maps[0])
         assert maps[near].sum() / maps.sum() > 2.5 * near.mean(), method
@@ -566,7 +566,7 @@ def test_a_folder_of_many_images_is_not_one_case(run_folder: Path, image: Path, 
     ("more", "named"),
     [
         (["--class", "spto"], "did you mean 'spot'"), (["--method", "gradcan"], "did you mean 'gradcam'"),
-        (["--image", "nowhere.png"], "nowhere.png: no such file"), (["--image", "bad.png"], "bad.png: cannot be read"),
+        (["--image", "nowhere.png"], "nowhere.png: no such file"), (["--image", "bad.png"], "cannot be read: bad.png"),
         (["--out", "/proc/o"], "cannot write there"), (["--out", "folder.png"], "is a folder"),
     ],
 )  # fmt: skip
