@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+import locale
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ from PIL import Image
 from shared.config import Job, job_from_flat
 
 ROOT = Path(__file__).parents[1]
+LOCALE = locale.setlocale(locale.LC_ALL)
 torch.set_num_threads(1)  # two cores, several processes: more threads only fight
+
+
+@pytest.fixture(autouse=True)
+def _locale_stays() -> Iterator[None]:
+    """ITK, which writes files for the tests, sets the whole process's locale to C: text is ASCII from then on."""
+    locale.setlocale(locale.LC_ALL, LOCALE)  # a fixture of the module may have used it
+    yield
+    locale.setlocale(locale.LC_ALL, LOCALE)
 
 
 @pytest.fixture

@@ -71,9 +71,9 @@ def trained() -> tuple[nn.Module, Job]:
     model = build_model(job).train()
     optimizer = make_optimizer(model, job)
     torch.manual_seed(0)
-    for number in range(60):
+    for number in range(100):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (number + 1) / 8, (60 - number) / 20)
+            group["lr"] = 2e-3 * min(1, (number + 1) / 8, (100 - number) / 20)
         loss = step(model, batch(data, torch.randperm(24)[:6].tolist(), job, CPU, train=True), job, [1.0])
         optimizer.zero_grad()
         loss.backward()
