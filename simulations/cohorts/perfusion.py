@@ -3,7 +3,8 @@
 A contrast agent is given while a breast lesion is scanned again and again. In both classes it lights up and reaches the
 same brightness halfway between the agent's arrival and the end; "persistent" (as benign lesions do) goes on rising,
 "washout" (as malignant ones do) falls. Place, shape, size and brightness come from the same distributions, brightness
-from a wide one, so one frame tells next to nothing, nor does the mean over time, nor do the frames out of order.
+from a wide one, so one frame tells next to nothing. Frames out of order tell less than films, but something: which
+brightnesses occur differs a little (see docs/results.md for how much).
 
 Every random number comes from a stream named by (seed, site, split, patient): the same arguments give the same bytes, a
 site does not depend on how many others there are, and more patients leave the earlier ones as they were.
