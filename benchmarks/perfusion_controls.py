@@ -31,7 +31,7 @@ from simulations.cohorts import perfusion
 from simulations.sites import find_sites
 
 STEPS = 100  # between validations
-SETTLED = 0.9  # minutes after the arrival from which on the course is a line
+SETTLED = 0.4  # minutes after the arrival from which on the course is a line
 CPU = torch.device("cpu")
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]

@@ -9,17 +9,22 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, split_counts, write_log
-from shared import __version__
-from shared.cases import SPLITS
+from client import secure
+from client.counts import require_cells, survey_counts, training_figures
+from client.egress import Asked, Refused, records, release
+from client.private_round import train_on_budget
+from client.survey import statistics
+from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, write_log
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.errors import explained
-from shared.tasks import Sums, load_task
+from shared.norms import is_private
+from shared.tasks import load_task
 from shared.training import pick_device
 from shared.training import train as train_locally
 from shared.weights import REFERENCE, exchanged, frozen_digest, put
@@ -28,15 +33,17 @@ app = ClientApp()
 Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
 
 
-def _answer(message: Message, context: Context, answer: Answer) -> Message:
-    """Run ``answer``; turn any failure into a coded status, its text into the site's log."""
+def _answer(message: Message, context: Context, answer: Answer, kind: str = "") -> Message:
+    """Run ``answer``; turn any failure into a coded status, its text into the site's log.
+
+    What leaves is what ``client.egress`` lets out of a reply of this ``kind``, by default the message's type.
+    """
     started = time.monotonic()
-    name, code = "", ""
-    content = RecordDict()
+    content, asked, code = RecordDict(), None, ""
     try:
         job = _job(message, context)
         workspace = open_workspace(context.node_config, context.run_config, job)
-        name = workspace.name
+        asked = Asked(job, workspace, message.content)
         content = answer(message, context, job, workspace)
         write_log(
             workspace.home,
@@ -48,13 +55,18 @@ def _answer(message: Message, context: Context, answer: Answer) -> Message:
     except UserError as error:
         code = "bad-configuration"
         _log_failure(context, f"declined ({code}): {error}")
+    except Refused as refusal:
+        code = "egress-refused"
+        _log_failure(context, f"nothing leaves ({code}): {refusal}")
     except Exception:
         code = "internal-error"
         _log_failure(context, f"failed ({code})\n{traceback.format_exc()}")
-    content["status"] = ConfigRecord(
-        {"site": name or _name(context), "ok": not code, "code": code, "version": __version__}
+    return Message(
+        release(
+            kind or message.metadata.message_type, RecordDict() if code else content, code, message, context, asked
+        ),
+        reply_to=message,
     )
-    return Message(content, reply_to=message)
 
 
 def _job(message: Message, context: Context) -> Job:
@@ -70,13 +82,6 @@ def _round(message: Message) -> int:
     return int(message.content["config"].get("round", 0))  # type: ignore[arg-type]
 
 
-def _name(context: Context) -> str:
-    try:
-        return find_sites(context.node_config, context.run_config)[0]
-    except Exception:
-        return ""
-
-
 def _log_failure(context: Context, text: str) -> None:
     with contextlib.suppress(Exception):  # a site that cannot even write its log must still answer
         write_log(find_sites(context.node_config, context.run_config)[1], text)
@@ -85,6 +90,8 @@ def _log_failure(context: Context, text: str) -> None:
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Who is there and with what: counts per split and class, versions, a digest of what does not travel."""
+    if message.content.config_records.get("config", ConfigRecord()).get("survey", False):
+        return _answer(message, context, _survey, "query.survey")
     return _answer(message, context, _query)
 
 
@@ -93,44 +100,73 @@ def _query(message: Message, context: Context, job: Job, workspace: Workspace) -
         Moments(workspace.home, context.run_id, job).forget(after=_round(message))
     for skip in workspace.data.skipped:
         write_log(workspace.home, f"left out, cannot be read: {explained(skip.path, skip.code, skip.detail)}")
-    counts = split_counts(workspace.data, SPLITS)
-    metrics: dict[str, int | list[int]] = {f"images-{split}": number for split, number in counts.items()}
-    metrics["skipped"] = len(workspace.data.skipped)
-    metrics["classes"] = load_task(job.task).count_classes(workspace.data.subset("train"), job)
+    metrics = survey_counts(workspace.told, len(workspace.data.skipped))
     job_sha = ConfigRecord({"job": job.sha256, "frozen": frozen_digest(open_model(job), job)})
-    return RecordDict({"metrics": MetricRecord(metrics), "facts": job_sha})  # type: ignore[arg-type]
+    return RecordDict({"metrics": MetricRecord(metrics), "facts": job_sha})
+
+
+def _survey(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    return RecordDict({"metrics": MetricRecord(statistics(workspace, job))})
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Some gradient steps from the global weights on the site's training images."""
-    return _answer(message, context, _train)
+    return _answer(message, context, _train_plain)
+
+
+def _train_plain(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    if job.privacy.secure_aggregation:
+        raise SiteRefusal("secure-aggregation-required", "asked for its model in plain, which the job does not do")
+    return _train(message, context, job, workspace)
+
+
+# Secure aggregation: the same training, but the model leaves masked.
+app.train("keys")(lambda message, context: _answer(message, context, secure.keys))
+app.train("shares")(lambda message, context: _answer(message, context, secure.shares))
+app.train("masked")(lambda message, context: _answer(message, context, secure.masked(_train)))
+app.train("unmask")(lambda message, context: _answer(message, context, secure.unmask))
 
 
 def _train(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    """The model after a round and its figures, as the gate lets them out in plain: also what is masked passes it."""
     config = message.content["config"]
     round_ = _round(message)
     model = open_model(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
-    data = workspace.data.subset("train")
     moments = Moments(workspace.home, context.run_id, job)
-    trained = train_locally(
-        model,
-        load_task(job.task),
-        data,
-        job,
-        site=workspace.name,
-        first_step=(round_ - 1) * job.train.local_steps,
-        steps=job.train.local_steps,
-        class_weights=list(config["class-weights"]),  # type: ignore[arg-type]
-        moments=moments.load(round_) if job.train.keep_optimizer else None,
-    )
+    held = moments.load(round_) if job.train.keep_optimizer else None
+    weights: list[float] = list(config["class-weights"])  # type: ignore[arg-type]
+    epsilon = None
+    if is_private(job):
+        examples = float(config.get("examples", 0.0))  # type: ignore[arg-type]
+        trained, epsilon = train_on_budget(
+            model,
+            job,
+            workspace,
+            f"{job.name[:12]}-{job.sha256[:6]}-{context.run_id}",
+            round_,
+            weights,
+            examples=examples,
+            moments=held,
+        )
+    else:
+        trained = train_locally(
+            model,
+            load_task(job.task),
+            workspace.data.subset("train"),
+            job,
+            site=workspace.name,
+            first_step=(round_ - 1) * job.train.local_steps,
+            steps=job.train.local_steps,
+            class_weights=weights,
+            moments=held,
+        )
     if job.train.keep_optimizer:
         moments.save(round_, trained.moments)
-    metrics: Sums = {"num-examples": len(data), "steps": trained.steps, "images": trained.images, "loss": trained.loss}
-    if len(trained.losses) > 1:
-        metrics["losses"] = list(trained.losses)  # of each part of the model
-    return RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
+    metrics = training_figures(workspace.told["train"], job, trained.steps, trained.images, trained.losses, epsilon)
+    reply = RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
+    return records("train", reply, Asked(job, workspace, message.content))
 
 
 @app.evaluate()
@@ -140,12 +176,16 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _evaluate(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    split = str(message.content["config"]["split"])
+    require_cells(workspace.told, split)
     model = open_model(job)
     device = pick_device(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     if REFERENCE in message.content.array_records:
         reference = message.content.array_records[REFERENCE].to_torch_state_dict()
         model.get_submodule(REFERENCE).load_state_dict(reference)
-    data = workspace.data.subset(str(message.content["config"]["split"]))
+    data = workspace.data.subset(split)
+    if is_private(job):
+        data = replace(data, origin=data)  # no figure is to look at the training images beside the noise
     sums = load_task(job.task).collect(model.to(device), data, job, device)
     return RecordDict({"metrics": MetricRecord(sums)})

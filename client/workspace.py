@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -17,6 +16,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from client.counts import Told, tell
+from client.policy import Policy, read_policy, require, together
 from shared.config import Job, Scalar
 from shared.errors import SiteRefusal
 from shared.imaging.dataset import Dataset, concatenate, load_dataset
@@ -32,6 +33,9 @@ class Workspace:
     name: str
     home: Path
     data: Dataset
+    policy: Policy
+    told: dict[str, Told]
+    files: tuple[Path, ...] = ()  # the site.toml of every site whose images these are
 
 
 def write_log(home: Path, text: str) -> None:
@@ -66,18 +70,28 @@ def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) ->
     """The node's workspace, decoding its images if that was not done before.
 
     Raises:
-        SiteRefusal: the site cannot take part; says why.
+        SiteRefusal: the site cannot take part, or its rules do not grant the job; says why.
         UserError: the site's file is wrong.
     """
     name, home, files = find_sites(node, run)
     stamps = tuple((str(file), file.stat().st_mtime_ns if file.exists() else 0) for file in files)
-    return Workspace(name, home, _open_data(stamps, str(home), job))
+    return Workspace(name, home, *_open_data(stamps, str(home), job), tuple(files))
 
 
 @lru_cache(maxsize=64)
-def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> Dataset:
-    sites = [read_site(Path(file), Path(home)) for file, _ in files]
-    return concatenate([load_dataset(read_samples(site, job), site, job) for site in sites])
+def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> tuple[Dataset, Policy, dict[str, Told]]:
+    """The images of all the site files, once every one's rules grant the job; how they may be told of."""
+    paths = [Path(file) for file, _ in files]
+    sites = [read_site(path, Path(home)) for path in paths]
+    policies = [read_policy(path) for path in paths]
+    for policy in policies:  # before images are decoded: with fewer patients than this it is refused in any case
+        require(policy, job, policy.min_patients)
+    parts = [load_dataset(read_samples(site, job), site, job) for site in sites]
+    for policy, part in zip(policies, parts, strict=True):
+        require(policy, job, len({sample.patient for sample in part.subset("train").samples}))
+    data = concatenate(parts)
+    policy = together(policies, [len(part.subset("train")) for part in parts])
+    return data, policy, tell(data, job, policy)
 
 
 @lru_cache(maxsize=2)
@@ -123,8 +137,3 @@ class Moments:
         os.replace(name, self.folder / f"{round_}.safetensors")
         for number in self._rounds()[:-2]:
             (self.folder / f"{number}.safetensors").unlink(missing_ok=True)
-
-
-def split_counts(data: Dataset, splits: Sequence[str]) -> dict[str, int]:
-    """Images per split."""
-    return {split: sum(sample.split == split for sample in data.samples) for split in splits}

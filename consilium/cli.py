@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 
 from consilium.cli_data import cohort, site
-from consilium.cli_trained import explain, generate, predict
+from consilium.cli_log import site_log
+from consilium.cli_survey import survey
+from consilium.cli_trained import audit, explain, generate, predict
 from shared import __version__
 from shared.errors import UserError
 
@@ -43,10 +45,12 @@ def commands() -> None:
     \b
     Researcher, to play many hospitals on one machine:
       consilium cohort make demo/cohort
+      consilium survey JOB.toml --data demo/cohort
       consilium simulate JOB.toml --data demo/cohort --baselines
     \b
     Hospital data manager, to see whether the images are fit to join:
       consilium site check --data FOLDER
+      consilium audit RUN --site SITE.toml
     \b
     Whoever has a trained model, the folder RUN that simulate wrote:
       consilium predict RUN IMAGES --out FOLDER
@@ -126,6 +130,9 @@ def models(task: str) -> None:
 
 commands.add_command(cohort)
 commands.add_command(site)
+commands.add_command(survey)
 commands.add_command(predict)
 commands.add_command(generate)
 commands.add_command(explain)
+site.add_command(site_log)
+commands.add_command(audit)

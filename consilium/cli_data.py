@@ -48,7 +48,7 @@ def cohort_make(directory: Path, kind: str, sites: int | None, patients: int | N
 
 @click.group()
 def site() -> None:
-    """For the hospital: check the images and labels before joining."""
+    """For the hospital: check the images before joining, see what the privacy budget is."""
 
 
 @site.command("check")
@@ -76,3 +76,22 @@ def site_check(file: Path | None, data: Path | None, form: str, job_file: Path |
     for line in report.lines():
         click.echo(line)
     sys.exit(0 if report.fit else 1)
+
+
+@site.command("budget")
+@click.argument("file", type=Path)
+@click.option("--plot", type=Path, metavar="FILE.html", help="Also write a figure of epsilon over time.")
+@click.option("--verify", is_flag=True, help="Check that no entry of the ledger was changed or removed.")
+@click.option("--seal", default="", help="With a seal that --verify gave earlier: check that it is still there.")
+def site_budget(file: Path, plot: Path | None, verify: bool, seal: str) -> None:
+    """How much privacy was spent on a site's images, by which runs, and what is left.
+
+    FILE is a site.toml. Exit code 0: all is well. Exit code 1: the ledger is broken. Exit code 2: the question was
+    wrong.
+    """
+    from consilium.cli_site import budget
+
+    lines, whole = budget(file, plot, verify, seal)
+    for line in lines:
+        click.echo(line)
+    sys.exit(0 if whole else 1)

@@ -1,4 +1,4 @@
-"""The commands on a trained model: `consilium predict`, `consilium generate` and `consilium explain`."""
+"""The commands on a trained model: `consilium predict`, `generate`, `explain` and `audit`."""
 
 from __future__ import annotations
 
@@ -77,3 +77,44 @@ def explain(run: Path, image: Path, method: str, name: str, out: Path, weights: 
     for line in drawn.caption:
         click.echo(line)
     click.echo(drawn.file)
+
+
+@click.command(short_help="For the hospital: what a run tells of your images.")
+@_run
+@click.option("--site", type=Path, required=True, help="The site.toml of the site whose images were trained on.")
+@click.option("--shadows", type=int, default=8, show_default=True, help="Models that LiRA compares with; 0: no LiRA.")
+@click.option("--steps", type=int, help="Gradient steps of each of them.  [default: as one site's in the run]")
+@click.option(
+    "--inversion-steps", type=int, default=1000, show_default=True, help="For each rebuilt image; 0: no inversion."
+)
+@click.option("--out", type=Path, help="FILE.html, or a folder.  [default: .consilium/audit/RUN beside the site.toml]")
+@_weights
+@_device
+def audit(
+    run: Path,
+    site: Path,
+    shadows: int,
+    steps: int | None,
+    inversion_steps: int,
+    out: Path | None,
+    weights: str,
+    device: str,
+) -> None:
+    """Attack the model of the run folder RUN with your own images: can it be told who was trained on, or an image be
+    rebuilt from an update?
+
+    All of it runs on this machine and stays here; see docs/audit.md for what the figures mean. Only if site.toml says
+    audit_in_model_card = true, the figures, without a picture, are written to RUN, too.
+    """
+    from consilium.audit import audit as measure
+    from consilium.audit_page import default_folder, print_audit, write_audit, write_for_card
+    from consilium.progress import counting
+
+    with counting("auditing") as progress:
+        found = measure(run, site, shadows, steps, inversion_steps, weights, device, progress)
+    print_audit(found)
+    for file in write_audit(found, out or default_folder(run, site)):
+        shows = " (shows a patient's image)" if found.rebuilt and file.suffix != ".json" else ""
+        click.echo(f"stays at the site: {file}{shows}")
+    card = write_for_card(found, run)
+    click.echo(f"for the model card, figures only: {card}" if card else "nothing was written to the run")

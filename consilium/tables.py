@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.record import value_of
-from server.wording import metric_name
+from server.wording import metric_name, privacy_words
 from shared.tasks import TASKS
 from simulations.result import Result
 
@@ -44,6 +44,8 @@ def print_result(result: Result) -> None:
         less = [metric_name(name) for name in shown if TASKS[job.task].metrics[name] < 0]
         note += f"; less is better: {', '.join(less)}" if less else ""
         console.print(note + ("; more metrics in the report" if len(shown) < len(metrics) else ""), highlight=False)
+    if "privacy" in federated:
+        console.print(privacy_words(federated["privacy"]), highlight=False)
     for (site, reason), count in Counter((item["site"], item["reason"]) for item in federated["dropped"]).items():
         console.print(f"not used: {site}, {count} times: {reason}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
@@ -33,8 +34,22 @@ class Dropped(Exception):
     """A reply that is not used; ``str`` is the reason, one of the fixed words of docs/coordinator.md."""
 
 
+@dataclass
+class Place:
+    """A site as the server knows it."""
+
+    node: int
+    name: str
+    images: dict[str, int]
+    classes: list[int]
+    skipped: int
+
+
 class Update(NamedTuple):
-    """A reply in order: its weight in the mean, its arrays, and the site's numbers; ``losses`` are those of parts."""
+    """A reply in order: its weight in the mean, its arrays, and the site's numbers.
+
+    ``losses`` are those of parts; ``epsilon`` is what was ever spent on the site's images, NaN without DP.
+    """
 
     weight: float
     arrays: dict[str, Tensor]
@@ -42,6 +57,7 @@ class Update(NamedTuple):
     images: int
     loss: float
     losses: list[float]
+    epsilon: float
 
 
 def status(reply: Message | None) -> Mapping[str, object]:
@@ -132,7 +148,7 @@ def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surv
             raise Dropped("too-far")
     weight = float(examples) if job.federation.weighting == "examples" else 1.0
     numbers = _count(metrics, "steps"), _count(metrics, "images"), _number(metrics, "loss"), _numbers(metrics, "losses")
-    return Update(weight, arrays, *numbers)
+    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"))
 
 
 def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:

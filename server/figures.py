@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 from server.outcome_figures import confusion, forest, roc
 from server.record import DECLINED, FEDERATED, ONLY, POOLED, SERVER, Record, read_record, reason_words
 from server.report_style import BAND, BLUE, GREEN, GREY, RED, SERIES, SYMBOLS, fit, new_figure, plain
-from server.results import curve
+from server.results import curve, told
 from server.store import Event
 from server.task_figures import (
     anomaly_roc,
@@ -164,7 +164,7 @@ def training_loss(record: Record) -> go.Figure | None:
     own = _losses(record.rounds.values())
     if not own:
         return None
-    parts = sorted({name for e in record.rounds.values() for row in e["trained"] for name in row.get("losses", {})})
+    parts = sorted({name for e in record.rounds.values() for row in told(e) for name in row.get("losses", {})})
     if parts:
         return _losses_of_parts(record, parts)
     caption = (
@@ -183,10 +183,7 @@ def _losses(events: Iterable[Event], part: str = "") -> list[tuple[int, float]]:
     """(round, mean loss per case) of the whole model, or of a part of it."""
     found = []
     for event in events:
-        rows = [
-            (row.get("losses", {}).get(part) if part else row["loss"], row["images"])
-            for row in event.get("trained", [])
-        ]
+        rows = [(row.get("losses", {}).get(part) if part else row["loss"], row["images"]) for row in told(event)]
         rows = [(loss, images) for loss, images in rows if loss is not None and images]
         if rows:
             found.append((event["round"], sum(loss for loss, _ in rows) / sum(images for _, images in rows)))
@@ -258,7 +255,8 @@ def _attendance(
     for r, event in record.rounds.items():
         for item in event["trained"]:
             y, x = row[str(item["site"])], column[r]
-            state[y, x], text[y][x] = 1, f"trained, {item['images']} {record.case}s"
+            of = "in the sum only" if "secure" in event else f"{item['images']} {record.case}s"
+            state[y, x], text[y][x] = 1, f"trained, {of}"
         for item in event["dropped"]:
             y, x = row[str(item["site"])], column[r]
             state[y, x], text[y][x] = 2, f"not used: {plain(reason_words(item['reason']), 80)}"

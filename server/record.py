@@ -14,6 +14,7 @@ from server.results import run_scores
 from server.store import Event, read_events
 from server.wording import number, with_interval
 from shared.config import Job, job_from_flat, load_job
+from shared.errors import CODES
 from shared.tasks import TASKS, Sums, add_sums
 from shared.weights import REFERENCE
 
@@ -26,30 +27,17 @@ REASONS = {
     "site-crashed": "the site’s program broke off",
     "wrong-records": "the reply was not in the agreed form",
     "bad-name": "the site’s name is not one that a site may have",
-    "bad-weight": "the site named an impossible number of training images",
     "wrong-names": "the reply’s parts have other names than asked for",
     "undecodable": "the reply could not be decoded",
     "wrong-shape": "a part of the reply has the wrong size",
     "wrong-dtype": "a part of the reply has the wrong number type",
     "wrong-sums": "the counts in the reply contradict each other or name more images than there are",
-    "not-finite": "the reply holds numbers that are not finite or not allowed",
     "too-far": "the site’s change of the model is larger than the job allows",
     "other-job": "the site runs another job",
     "other-frozen-weights": "the site starts from other pretrained weights",
-    "no-site": "the site has no site.toml",
-    "no-data": "the site found no labelled images",
-    "bad-table": "the site’s table of images is not in order",
-    "missing-files": "the site’s table names files that are not there",
-    "missing-modality": "the site has a case without one of its images or numbers",
-    "unknown-label": "the site has a label that is no class of the job",
-    "too-many-unreadable": "too many of the site’s images cannot be read",
-    "no-cache": "the site cannot write its image cache",
-    "no-training-images": "the site has no images for training",
-    "too-few-images": "the site has too few training images for this model",
-    "diverged": "the training loss at the site is no longer a number",
-    "bad-configuration": "the site’s settings are wrong",
-    "internal-error": "something unforeseen failed at the site",
     "unnamed": "the site gave no readable reason",
+    "bad-shares": "too few of the others’ shares of the site’s seed were right",
+    **CODES,
 }
 DECLINED = "site-declined: "
 

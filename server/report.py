@@ -26,7 +26,7 @@ from server.report_parts import Markup, bullets, esc, folded, paragraph
 from server.report_style import PAGE, SCRIPT, STYLE, THEMES
 from server.report_tables import data, further, job, results, sites, versions
 from server.store import Event, write_text
-from server.wording import metric_name
+from server.wording import metric_name, privacy_words
 from shared.tasks import load_task
 
 HEADINGS = {
@@ -120,7 +120,10 @@ def _head(record: Record) -> Markup:
     images = sum(site["images"]["train"] for site in record.survey["sites"] if site["name"] in trained)
     who, how = f"{count(len(trained), 'site')} trained {record.job.model.name}", count(len(record.rounds), "round")
     text = f"{who} on {count(images, record.case)} for {how}." if trained else "No site has trained."
+    if any("secure" in event for event in record.rounds.values()):
+        text += " The server saw the sum of the sites’ models only (secure aggregation)."
     own, metric = record.scores["federated"], record.metric
+    text += f" {privacy_words(own.get('privacy', {}))}".rstrip()
     server, there = own.get("server", {}), ""
     if has(server, metric):
         there = f" On the server’s own {count(server['images'], record.case)} the federated model reaches "
@@ -193,6 +196,11 @@ def _unreadable(record: Record) -> list[Markup]:
             lines.append(Markup(f"<strong>{esc(site['name'])}</strong> {what}."))
         if not site["images"]["train"]:
             lines.append(Markup(f"<strong>{esc(site['name'])}</strong> has no training images and does not train."))
+        elif not any(site["classes"]):
+            why = (
+                "tells no counts of classes: it has none, or keeps them back and declares its number of training images"
+            )
+            lines.append(Markup(f"<strong>{esc(site['name'])}</strong> {why}."))
     return lines
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from server.store import Event, read_events
+from shared.accounting import Mechanism, epsilon, job_noise, noisy_sites
+from shared.config import Job, load_job
 
 Scores = dict[str, Any]
 
@@ -29,13 +31,33 @@ def run_scores(folder: Path) -> Scores:
         scores["best_round"] = last["round"]
         if "server" in last:
             scores["server"] = _scores(last["server"], last["server_images"])
-    trained = [item for event in rounds for item in event["trained"]]
     scores["rounds"] = len(rounds)
-    scores["gradient_steps"] = sum(item["steps"] for item in trained)
-    scores["images_seen"] = sum(item["images"] for item in trained)
+    scores["gradient_steps"] = sum(item["steps"] for event in rounds for item in event["trained"])
+    scores["images_seen"] = sum(item["images"] for event in rounds for item in told(event))
     scores["seconds"] = round(events[-1]["time"] - events[0]["time"], 1) if events else 0.0
     scores["dropped"] = dropped(events)
-    return scores
+    spent = privacy_spent(rounds, load_job(folder / "job.toml"))
+    return scores | ({"privacy": spent} if spent else {})
+
+
+def privacy_spent(rounds: list[Event], job: Job) -> dict[str, Any]:
+    """What differential privacy the rounds gave: ``epsilon`` at ``delta``, ``unit`` and ``kind``; nothing without.
+
+    Local noise: what the sites' own ledgers said last, ``sites``, of which ``epsilon`` is the largest; earlier runs on
+    the same images count in it. Shared noise and central noise: of this run alone, of a unit that was in all rounds.
+    """
+    asked = job.privacy
+    if asked.dp == "none":
+        return {}
+    found: dict[str, Any] = {"kind": asked.dp, "unit": asked.unit, "delta": asked.delta}
+    if asked.dp == "local":
+        sites = {row["site"]: row["epsilon"] for event in rounds for row in event["trained"] if "epsilon" in row}
+        return found | {"sites": sites, "epsilon": max(sites.values(), default=0.0)}
+    if asked.dp == "central":
+        last = next((event["central"] for event in reversed(rounds) if "central" in event), {"epsilon": 0.0})
+        return found | {"unit": "site", "epsilon": last["epsilon"]}
+    whole = Mechanism(job_noise(job), asked.sampling_rate, len(rounds) * job.train.local_steps)
+    return found | {"epsilon": epsilon([whole], asked.delta, asked.accountant), "noisy_sites": noisy_sites(job)}
 
 
 def _scores(metrics: Mapping[str, Mapping[str, Any]], images: int) -> Scores:
@@ -44,6 +66,11 @@ def _scores(metrics: Mapping[str, Mapping[str, Any]], images: int) -> Scores:
     scores["intervals"] = {name: [row["low"], row["high"]] for name, row in metrics.items()}
     scores["n"] = {name: row["n"] for name, row in metrics.items()}
     return scores
+
+
+def told(round_: Event) -> list[dict[str, Any]]:
+    """Who tells ``loss`` and ``images`` of a round: every site, or under secure aggregation all of them together."""
+    return [round_["secure"]] if "secure" in round_ else list(round_.get("trained", []))
 
 
 def dropped(events: list[Event]) -> list[dict[str, Any]]:

@@ -9,20 +9,21 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from server.admission import Dropped, Update, admit, admit_facts, admit_sums
+from server.admission import Dropped, Place, Update, admit, admit_facts, admit_sums
 from server.aggregation import AGGREGATORS
-from server.store import Store, write_model, write_text
+from server.central import Central
+from server.secure import SecureRound
+from server.store import Store, write_model, write_pictures, write_text
 from shared import __version__
 from shared.cases import derived_seed
 from shared.config import Job
@@ -31,24 +32,13 @@ from shared.intervals import NOTHING, Estimate
 from shared.sitefile import SITE_NAME
 from shared.tasks import TASKS, Sums, add_sums, load_task
 from shared.training import pick_device
-from shared.weights import REFERENCE, exchanged, frozen_digest, put
+from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, put
 
 Arrays = dict[str, Tensor]
 
 
 class RunFailed(Exception):
     """The run cannot go on; everything up to here is in the run folder. Exit code 1."""
-
-
-@dataclass
-class Place:
-    """A site as the server knows it."""
-
-    node: int
-    name: str
-    images: dict[str, int]
-    classes: list[int]
-    skipped: int
 
 
 @dataclass
@@ -85,6 +75,7 @@ class Run:
         self.store = Store(folder)
         self.model = self.task.build_model(job)
         self.frozen = frozen_digest(self.model, job)
+        self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
         self.counted = len(self.task.count_classes(Dataset.of(()), job))
@@ -169,15 +160,16 @@ class Run:
     # ------------------------------------------------------------------ messages
 
     def _exchange(
-        self, kind: str, content: RecordDict, places: Iterable[Place], round_: int
+        self, kind: str, content: RecordDict | Callable[[Place], RecordDict], places: Iterable[Place], round_: int
     ) -> Iterator[tuple[Place, Message | None]]:
-        """Send one content to the places, give each place's reply or None, in the order of the places.
+        """Send one content, or each its own, to the places; give each place's reply or None, in their order.
 
         An engine that yields replies one by one in the order asked is read as it yields, so that one reply at a time is
         in memory. Any other is put in order here: sums of floats depend on it.
         """
         places = list(places)
-        messages = [Message(content, place.node, kind, group_id=str(round_)) for place in places]
+        own = content if callable(content) else lambda _: content
+        messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
         replies = self.grid.send_and_receive(messages, timeout=self.job.federation.round_timeout)
         if not isinstance(replies, Iterator):
             by_node = {reply.metadata.src_node_id: reply for reply in replies}
@@ -213,13 +205,12 @@ class Run:
             raise RunFailed(f"two sites call themselves {twice!r}; give each site.toml a name of its own")
         self._require(len(names), dropped, "before the first round")
 
-    def _require(self, admitted: int, dropped: list[dict[str, str]], when: str) -> None:
-        if admitted < self.job.federation.min_sites:
+    def _require(self, admitted: int, dropped: list[dict[str, str]], when: str, secure: int = 0) -> None:
+        """``secure``: how many secure aggregation needs."""
+        least, who = max((self.job.federation.min_sites, "federation.min_sites"), (secure, "secure aggregation"))
+        if admitted < least:
             reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
-            raise RunFailed(
-                f"{when}, {admitted} sites are in order, federation.min_sites asks for "
-                f"{self.job.federation.min_sites} ({reasons})"
-            )
+            raise RunFailed(f"{when}, {admitted} sites are in order, {who} asks for {least} ({reasons})")
 
     # ------------------------------------------------------------------ one round
 
@@ -241,9 +232,13 @@ class Run:
         started = time.monotonic()
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
-        config = self._config(number, **{"class-weights": [float(weight) for weight in class_weights]})
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})
         places = self.sample(number)
+        config = self._config(number, **{"class-weights": [float(weight) for weight in class_weights]})
+        if self.job.privacy.dp == "distributed":  # one divisor at all sites, so that each one's noise weighs the same
+            config["examples"] = sum(place.images["train"] for place in self.places) / len(self.places)
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})
+        if self.job.privacy.secure_aggregation:
+            return self._secure_round(places, arrays, config, started)
 
         def admitted() -> Iterator[tuple[float, Arrays]]:
             for place, reply in self._exchange(MessageType.TRAIN, content, places, number):
@@ -261,16 +256,34 @@ class Run:
                         "loss": update.loss,
                     }
                     | self._of_parts(update.losses)
+                    | ({} if math.isnan(update.epsilon) else {"epsilon": update.epsilon})
                 )
                 yield update.weight, update.arrays
 
+        noised: dict[str, Any] = {}
         try:
-            merged = AGGREGATORS[self.job.federation.aggregator](admitted())
+            if self.central is not None:
+                merged = self.central.merge(admitted(), arrays, len(places))
+                noised = {"central": self.central.facts()}
+            else:
+                merged = AGGREGATORS[self.job.federation.aggregator](admitted())
         except ValueError:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
-        self.store.add("round", round=number, trained=trained, dropped=dropped, seconds=seconds)
+        self.store.add("round", round=number, trained=trained, dropped=dropped, seconds=seconds, **noised)
         self._require(len(trained), dropped, f"in round {number}")
+        return merged
+
+    def _secure_round(self, places: list[Place], arrays: Arrays, config: ConfigRecord, started: float) -> Arrays:
+        """The same round with the sites' models under masks, of which only the sum is seen."""
+        number, parts = int(config["round"]), [part.prefix.rstrip(".") for part in self.task.parts(self.job)]  # type: ignore[arg-type]
+        secure = SecureRound(self._exchange, places, arrays, config, self.job, parts)
+        merged = secure.run()
+        seconds = round(time.monotonic() - started, 3)
+        facts = {"trained": secure.trained, "dropped": secure.dropped, "secure": secure.facts}
+        self.store.add("round", round=number, **facts, seconds=seconds)
+        lost = [*secure.dropped, *secure.facts["silent"]]
+        self._require(secure.left, lost, f"in round {number}", secure.needed)
         return merged
 
     def _of_parts(self, losses: list[float]) -> dict[str, Any]:
@@ -320,18 +333,6 @@ def train_reference(grid: Grid, job: Job, folder: Path) -> Arrays:
     run.is_reference = True
     run.run()
     return run.best.arrays
-
-
-def write_pictures(folder: Path, pictures: dict[str, np.ndarray], label: str) -> list[str]:
-    """Write pictures uint8 (h, w) or (h, w, 3) as PNG; gives their paths relative to the run folder."""
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, picture in pictures.items():
-        Image.fromarray(picture).save(folder / f"{name}-{label}.png")
-        names.append(f"{folder.name}/{name}-{label}.png")
-    return names
 
 
 def _site_name(reply: Message | None) -> str:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from shared.errors import UserError
@@ -100,6 +101,18 @@ def write_model(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, st
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_pictures(folder: Path, pictures: dict[str, np.ndarray], label: str) -> list[str]:
+    """Write pictures uint8 (h, w) or (h, w, 3) as PNG; gives their paths relative to the run folder."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / f"{name}-{label}.png")
+        names.append(f"{folder.name}/{name}-{label}.png")
+    return names
 
 
 class Store:

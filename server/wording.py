@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Wording(NamedTuple):
@@ -78,3 +79,15 @@ def with_interval(value: float | None, low: float | None, high: float | None, me
     if number(low) == "–" or number(high) == "–":
         return number(value, metric)
     return f"{number(value, metric)} [{number(low, metric)}, {number(high, metric)}]" if number(value) != "–" else "–"
+
+
+def privacy_words(spent: Mapping[str, Any]) -> str:
+    """What ``server.results.privacy_spent`` found, in one sentence; "" for nothing."""
+    if not spent:
+        return ""
+    promise = f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} for each {spent['unit']}"
+    if spent["kind"] == "local":
+        return f"Differential privacy by each site: {promise}, counted by the sites over all their runs."
+    if spent["kind"] == "central":
+        return f"Differential privacy by the server: {promise}, against whoever gets the model, not against the server."
+    return f"Differential privacy with noise shared by {spent['noisy_sites']} sites or more: {promise}."

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
-from shared.settings import Augment, Data, Evaluation, Federation, Model, Scalar, Train, knob
+from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
 from shared.tasks import TASKS
 
 __all__ = [
@@ -48,6 +48,7 @@ class Job:
     train: Train = field(default_factory=Train)
     federation: Federation = field(default_factory=Federation)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    privacy: Privacy = field(default_factory=Privacy)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -123,6 +124,7 @@ _TABLES = {
     "train": Train,
     "federation": Federation,
     "evaluation": Evaluation,
+    "privacy": Privacy,
 }
 RUN_PREFIX = "run."  # where a run's files lie; set by the engine, no part of the job or its hash
 
@@ -209,6 +211,58 @@ def _check_together(job: Job) -> None:
         raise UserError(f"data.format = {job.data.format!r}: {job.task} reads {', '.join(facts.formats)}")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
+    _check_privacy(job)
+    if job.privacy.secure_aggregation:
+        _check_secure(job)
+
+
+def _check_privacy(job: Job) -> None:
+    """What differential privacy asks of the rest of the job, so that nobody believes to have it who has not."""
+    asked, dp = job.privacy, job.privacy.dp
+    if dp == "none":
+        for key in ("noise_multiplier", "epsilon"):
+            if getattr(asked, key):
+                raise UserError(
+                    f'privacy.{key} = {getattr(asked, key):g}, but privacy.dp = "none" adds no noise; '
+                    'set privacy.dp = "local" (or distributed, central), or take it out'
+                )
+        return
+    if not (asked.noise_multiplier or asked.epsilon):
+        raise UserError(f'privacy.dp = "{dp}": set privacy.epsilon or privacy.noise_multiplier, else there is no noise')
+    needed: dict[str, Scalar] = {"train.class_weights": "none"}  # they would be computed from exact counts
+    if dp in ("local", "distributed"):
+        needed |= {"train.precision": "float32"}  # norms and noise are not proven right in less
+    if dp == "distributed":  # the noise of all sites adds up in one noised sum of clipped gradients
+        needed |= {
+            "privacy.secure_aggregation": True,
+            "train.optimizer": "sgd",
+            "train.local_steps": 1,
+            "federation.weighting": "equal",
+        }
+    flat = job.flat()
+    for key, value in needed.items():
+        if flat[key] != value:
+            raise UserError(
+                f'{key} = {toml_scalar(flat[key])}: privacy.dp = "{dp}" needs {toml_scalar(value)}; set it so'
+            )
+
+
+def _check_secure(job: Job) -> None:
+    """What secure aggregation needs, and what needs the single replies that it hides."""
+    if job.federation.max_update_norm <= 0:
+        raise UserError(
+            "privacy.secure_aggregation = true: set federation.max_update_norm above 0, "
+            "the L2 norm to which each site clips its change"
+        )
+    for key, value, summed in (
+        ("federation.aggregator", job.federation.aggregator, ("mean",)),
+        ("privacy.dp", job.privacy.dp, ("none", "local", "distributed")),
+    ):
+        if value not in summed:
+            raise UserError(
+                f"{key} = {value!r}: needs each site's own reply, which privacy.secure_aggregation hides; "
+                f"use {' or '.join(summed)}"
+            )
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -164,3 +164,41 @@ class Evaluation:
     reference_rounds: int = knob(
         100, "generation: rounds that train the network in whose features images are compared", low=1, high=1_000_000
     )
+
+
+@dataclass(frozen=True)
+class Privacy:
+    dp: str = knob(
+        "none",
+        "differential privacy. local: each site clips and noises its own gradients (DP-SGD); distributed: the same, "
+        "its noise shared among the sites under secure aggregation; central: the server clips and noises whole sites",
+        choices=("none", "local", "distributed", "central"),
+    )
+    unit: str = knob("image", "who is protected: one image, or all images of a patient", choices=("image", "patient"))
+    epsilon: float = knob(
+        0.0, "epsilon of all planned rounds together; picks the noise, if that is 0", low=0.0, high=1e6
+    )
+    delta: float = knob(1e-5, "delta, well below one over the number of patients of a site", low=1e-12, high=0.1)
+    noise_multiplier: float = knob(0.0, "sd of the noise, in clipping norms; 0 picks it by epsilon", low=0.0, high=1e6)
+    clipping_norm: float = knob(1.0, "largest L2 norm of what one unit adds to a gradient", low=1e-6, high=1e6)
+    sampling_rate: float = knob(
+        0.1, "chance of each unit to be in a gradient step; train.batch_size is then what is computed at once",
+        low=1e-6, high=1.0,
+    )  # fmt: skip
+    accountant: str = knob("prv", "how epsilon is counted", choices=("prv", "rdp"))
+    gradients: str = knob(
+        "auto", "how gradients of single units are had: one by one, or by Opacus' hooks where these are right",
+        choices=("auto", "single", "hooks"),
+    )  # fmt: skip
+    batch_norm: str = knob(
+        "refuse", "BatchNorm mixes units: refuse such a model, or replace it by GroupNorm", choices=("refuse", "group")
+    )
+    secure_aggregation: bool = knob(False, "the server learns only the sum of the sites' models, none alone")
+    secure_share: float = knob(
+        0.67, "share of a round's sites that must last it out, more than half", low=0.51, high=1.0
+    )
+    central_clipping: str = knob(
+        "adaptive",
+        "central: privacy.clipping_norm fixed, or adapted to the median change",
+        choices=("fixed", "adaptive"),
+    )

@@ -11,6 +11,9 @@ csv = "labels.csv"       # path,label and optional patient, split, frame, box, k
 max_unreadable = 0.05
 [cache]
 dir = ".consilium/cache"  # decoded images; this is the default
+[privacy]                 # what may leave: see client/policy.py
+require_dp = true
+max_epsilon = 8.0
 """
 
 from __future__ import annotations
@@ -28,12 +31,33 @@ from shared.settings import FORMATS
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 OWN_FOLDER = ".consilium"  # what this program keeps beside a site's images; never taken for a class folder
+# The site's rules on what may leave, each with its default; ``client.policy`` says what they mean.
+PRIVACY: dict[str, bool | float | int | str] = {
+    "require_dp": False,
+    "max_epsilon": 0.0,
+    "max_delta": 0.0,
+    "unit": "image",
+    "min_patients": 0,
+    "metrics": "all",
+    "min_cell": 1,
+    "exact_counts": True,
+    "declared_images": 0,
+    "allow_shared_noise": False,
+    "require_secure_aggregation": False,
+    "max_update_norm": 0.0,
+    "cryptographic_noise": False,
+    "audit_in_model_card": False,
+}
 _KEYS: dict[str, dict[str, type]] = {
     "": {"name": str},
     "data": {"dir": str, "format": str, "csv": str},
     "limits": {"max_unreadable": float},
     "cache": {"dir": str},
+    "privacy": {name: type(value) for name, value in PRIVACY.items()},
 }
+
+
+_KINDS = {str: "a text in quotes", float: "a number", int: "a whole number", bool: "true or false"}
 
 
 def read_site(path: Path, home: Path | None = None) -> SiteData:
@@ -97,6 +121,6 @@ def _check_value(table: str, name: str, value: Any) -> None:
     if name not in known:
         raise UserError(f"unknown key {label!r}{nearest(name, known)}")
     kind = known[name]
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) if kind is float else isinstance(value, kind)
-    if not good:
-        raise UserError(f"{label} = {value!r}: must be {'a number' if kind is float else 'a text in quotes'}")
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{label} = {value!r}: must be {_KINDS[kind]}")

@@ -133,7 +133,7 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     return torch.channels_last_3d if volumes else torch.channels_last
 
 
-def _set_mode(model: nn.Module, job: Job) -> None:
+def set_mode(model: nn.Module, job: Job) -> None:
     """Train mode for what is trained; a frozen backbone stays in eval mode so that its running statistics stay put."""
     model.train()
     if job.model.freeze == "backbone":
@@ -181,7 +181,7 @@ def train(
     seed = derived_seed(job.seed, site)
     torch.manual_seed(derived_seed(seed, first_step))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16")
-    _set_mode(model, job)
+    set_mode(model, job)
     if min(len(data), job.train.batch_size) == 1 and _normalises_batches(model):
         raise SiteRefusal(
             "too-few-images", f"{job.model.name} normalises over a batch: one training image is not enough"

@@ -69,7 +69,7 @@ def run(
         load_heldout(Path(heldout), job)  # a fault of these images shows now, not after the training
     extra: dict[str, Scalar] = {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with WorkerPool("client.app:app", workers) as pool:
-        nodes = [_node(folder / "sites", file) for file in files]
+        nodes = [node_of(folder / "sites", file) for file in files]
         jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines")
         if baselines and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
@@ -115,7 +115,8 @@ def _fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def _node(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) -> dict[str, Scalar]:
+def node_of(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) -> dict[str, Scalar]:
+    """A node that plays the site of ``file``, or pools it with ``more``; its own files go to ``homes``."""
     name = name or read_site(file).name
     return {
         "site": "\n".join(str(path.resolve()) for path in (file, *more)),
@@ -142,6 +143,16 @@ def _federated(grid: LocalGrid) -> Callable[[], object]:
     return lambda: server_app(grid, context)
 
 
+def _of_one(job: Job) -> dict[str, Scalar]:
+    """What privacy is left to a node alone: it has nobody to be summed with, nor to be hidden among."""
+    alone: dict[str, Scalar] = {"privacy__secure_aggregation": False}
+    if job.privacy.dp == "distributed":  # it adds all of the noise itself
+        return alone | {"privacy__dp": "local"}
+    if job.privacy.dp == "central":
+        return alone | {"privacy__dp": "none", "privacy__epsilon": 0.0, "privacy__noise_multiplier": 0.0}
+    return alone
+
+
 def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, Run]:
     """A federation of one for each site alone and for all sites pooled.
 
@@ -151,7 +162,10 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, 
     job = jury.job
     per_round = len(jury.sample(1))
     alone = job.replace(
-        train__local_steps=job.train.local_steps * per_round, federation__min_sites=1, federation__fraction=1.0
+        train__local_steps=job.train.local_steps * per_round,
+        federation__min_sites=1,
+        federation__fraction=1.0,
+        **_of_one(job),
     )
     homes = jury.folder
     named = {read_site(file).name: file for file in files}
@@ -161,7 +175,7 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, 
     models |= {f"only {place.name}": [named[place.name]] for place in jury.places if place.images["train"]}
     for model, chosen in models.items():
         label = model.replace("only ", "local-")
-        node = _node(homes / label, chosen[0], label, chosen[1:])
+        node = node_of(homes / label, chosen[0], label, chosen[1:])
         grid = _grid(pool, [node], alone, homes / label, 1)
         runs[model] = Run(grid, alone, homes / label, jury=jury, reference=jury.reference)
     return runs

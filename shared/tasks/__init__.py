@@ -25,6 +25,7 @@ Some verbs a task has only where they mean something:
 
     notices(sums, job) -> [str]  what the cases of a site lack or what was left out of them, in words; metrics.py
     reference(job) -> Job        a job whose model is trained first and is the measure of this one; models.py
+    blank(count, job, device) -> Batch       a batch without images, for a part that sees none; data.py
     show(model, job) -> {name: picture}      what the server can draw from the model alone; learning.py
     generate(…)                  instead of a prediction; predict.py
     find(path, job) -> [Sample]  the unlabelled cases in a folder or file, where a case is not one image file, paths
@@ -108,12 +109,14 @@ TASKS: dict[str, Facts] = {
 class Part(NamedTuple):
     """A part of a model that is trained by a loss of its own: the parameters whose names start with ``prefix``.
 
-    ``rate`` multiplies the job's learning rate; ``betas`` are AdamW's.
+    ``rate`` multiplies the job's learning rate; ``betas`` are AdamW's. ``sees_data`` is False for a part whose loss
+    needs no image of the site, only the other parts: a generator.
     """
 
     prefix: str = ""
     rate: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
+    sees_data: bool = True
 
 
 def load_task(name: str) -> ModuleType:

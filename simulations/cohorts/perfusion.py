@@ -1,10 +1,11 @@
 """Cohorts of dynamic contrast-enhanced scans, drawn by a program, whose two classes differ in the time course alone.
 
-A contrast agent is given while a breast lesion is scanned again and again. In both classes it lights up and reaches the
-same brightness halfway between the agent's arrival and the end; "persistent" (as benign lesions do) goes on rising,
-"washout" (as malignant ones do) falls. Place, shape, size and brightness come from the same distributions, brightness
-from a wide one, so one frame tells next to nothing. Frames out of order tell less than films, but something: which
-brightnesses occur differs a little (see docs/results.md for how much).
+A contrast agent is given while a breast lesion is scanned again and again. In both classes it lights up between two
+frames or within one, and has the same brightness halfway between then and the end; "persistent" (as benign lesions do)
+goes on rising, "washout" (as malignant ones do) falls. Place, shape, size and brightness come from the same
+distributions, brightness from a wide one, so one frame tells next to nothing. Neither do frames out of order: a lesion
+that falls shows the same brightnesses as one that rises by as much, and the tissue around it, which could tell early
+frames from late ones, rises as often as it falls.
 
 Every random number comes from a stream named by (seed, site, split, patient): the same arguments give the same bytes, a
 site does not depend on how many others there are, and more patients leave the earlier ones as they were.
@@ -38,7 +39,7 @@ from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped,unused-
 from shared.cases import SPLITS
 from simulations.cohorts.folder import README, Progress, check_arguments, write_cohort
 
-GENERATOR = "perfusion phantom 1"  # goes into README.txt and the headers; raise it when the scans change
+GENERATOR = "perfusion phantom 2"  # goes into README.txt and the headers; raise it when the scans change
 LABELS = ("persistent", "washout")
 SIZE = 16  # pixels
 FRAMES = 12
@@ -119,7 +120,7 @@ def draw(number: int, split: str, patient: int, seed: int) -> Exam:
     arrival = machine.delay + rng.uniform(-0.3, 0.3)
     rate = (-_RATE if washes_out else _RATE) + rng.normal(0, _SPREAD)
     lesion = np.exp(rng.uniform(*np.log(_BRIGHTNESS))) * _course(times, arrival, rng.uniform(0.15, 0.35), rate)
-    tissue = rng.uniform(0.03, 0.10) * _course(times, arrival, rng.uniform(0.5, 1.5), rng.normal(0.02, 0.02))
+    tissue = rng.uniform(0.03, 0.10) * _course(times, arrival, rng.uniform(0.15, 0.35), rng.normal(0, 0.02))
     mask = _lesion(rng)
     before = rng.uniform(0.10, 0.20) * _texture(rng, 2.5, 0.2)  # without the agent
     around = tissue[:, None, None] * (1 - mask) * _texture(rng, 2.0, 0.2)
@@ -131,11 +132,13 @@ def draw(number: int, split: str, patient: int, seed: int) -> Exam:
 
 
 def _course(times: Values, arrival: float, rise: float, rate: float) -> Values:
-    """Brightness over time: 0 before the arrival, an exponential rise, then a straight line of slope ``rate``
-    through 1 at the middle of what is left of the scan."""
-    since = np.maximum(times - arrival, 0)
-    middle = (times[-1] - arrival) / 2
-    course: Values = (1 - np.exp(-since / rise)) * (1 + rate * (since - middle))
+    """Brightness over time: 0 before the arrival, a straight rise of ``rise`` minutes, then a line of slope ``rate``.
+
+    The line is 1 at the mean time of the frames on it: so slopes of r and of -r give the same brightnesses, in reverse.
+    """
+    lit = arrival + rise
+    middle = times[times >= lit].mean()
+    course: Values = np.clip((times - arrival) / rise, 0, 1) * (1 + rate * (np.maximum(times, lit) - middle))
     return course
 
 

@@ -60,9 +60,11 @@ def stop_daemons(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure aggregation"])
 def test_flwr_run_gives_the_same_model_as_our_engine(
-    three_sites: Path, tiny_job: Job, tmp_path: Path, root: Path
+    secure: bool, three_sites: Path, tiny_job: Job, tmp_path: Path, root: Path
 ) -> None:
+    tiny_job = tiny_job.replace(privacy__secure_aggregation=secure, federation__max_update_norm=20.0)
     ours = run(tiny_job, three_sites, tmp_path / "ours").folder
     out, home, port = tmp_path / "theirs", tmp_path / "flwr-home", free_port()
     settings = tiny_job.flat() | {"run.out": str(out), "run.sites": str(three_sites)}

@@ -37,6 +37,7 @@ SOURCES = {
     "perfusion": Source(cohort="perfusion", sites=4, patients=40),
     "pneumonia": Source("pneumoniamnist_balanced"),
     "pneumonia-gan": Source("pneumoniamnist_balanced"),
+    "pneumonia-private": Source("pneumoniamnist_balanced"),
     "two-views": Source(cohort="two-views", sites=3, patients=12),
 }
 SHORT = [

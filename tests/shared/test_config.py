@@ -101,6 +101,25 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(key: str, value: obje
     assert key in refused({key: value})
 
 
+def company(key: str, value: Any) -> dict[str, Any]:
+    """Other settings without which a privacy setting is refused (tests/shared/test_privacy_settings.py)."""
+    if key in ("privacy.epsilon", "privacy.noise_multiplier"):
+        both = {"privacy.epsilon": 1.0, "privacy.noise_multiplier": 1.0}
+        return {"privacy.dp": "local", "train.class_weights": "none"} | both
+    if key == "privacy.secure_aggregation":
+        return {"federation.max_update_norm": 1.0}
+    if key != "privacy.dp" or value == "none":
+        return {}
+    return {
+        "privacy.epsilon": 1.0,
+        "privacy.secure_aggregation": value != "central",
+        "federation.max_update_norm": 1.0,
+        "train.class_weights": "none",
+        "train.optimizer": "sgd",
+        "federation.weighting": "equal",
+    }
+
+
 @pytest.mark.parametrize(
     "key", [key for key, item in knobs().items() if isinstance(item.default, float) and item.metadata["low"] == 0.0]
 )
@@ -120,6 +139,7 @@ def test_a_number_outside_its_range_is_refused_and_its_ends_are_allowed(key: str
         if end is None:
             continue
         rest = {"data.val_fraction": 0.0, "data.test_fraction": 0.0}  # their sum is bounded too
+        rest |= company(key, end)
         assert job_from_flat(rest | {key: kind(end)}).flat()[key] == end
         outside = kind(end) + beyond if kind is int else math.nextafter(end, beyond * math.inf)
         assert key in refused({key: outside})
@@ -133,7 +153,7 @@ def test_a_choice_takes_each_of_its_words_and_no_other(key: str) -> None:
     for word in choices:
         # A layout of images is one of those that the task reads.
         task = {"task": next(t for t in TASKS if word in (*TASKS[t].formats, "cases"))} if key == "data.format" else {}
-        assert job_from_flat(task | {key: word}).flat()[key] == word
+        assert job_from_flat(task | company(key, word) | {key: word}).flat()[key] == word
     near = choices[0] + "x"
     text = refused({key: near})
     assert key in text
@@ -253,6 +273,7 @@ def other(key: str) -> Any:
     if item.metadata["choices"]:
         return next((word for word in item.metadata["choices"] if word != item.default), None)
     special: dict[str, Any] = {"evaluation.best_metric": "loss", "data.channels": 3, "data.classes": "abnormal,normal"}
+    special["privacy.delta"] = 1e-6
     if key in special:
         return special[key]
     if isinstance(item.default, bool):
@@ -266,9 +287,12 @@ def other(key: str) -> Any:
 
 @pytest.mark.parametrize("key", [key for key in knobs() if other(key) is not None])
 def test_the_hash_changes_with_every_setting(key: str) -> None:
-    changed = job_from_flat({key: other(key)})
-    assert changed.sha256 != Job().sha256
-    assert changed.sha256 == Job().replace(**{key.replace(".", "__"): other(key)}).sha256
+    rest = company(key, other(key))
+    changed = job_from_flat(rest | {key: other(key)})
+    plain = job_from_flat(rest) if key != "privacy.dp" else Job()
+    assert changed.sha256 != plain.sha256
+    again = {name.replace(".", "__"): value for name, value in (rest | {key: other(key)}).items()}
+    assert changed.sha256 == Job().replace(**again).sha256
 
 
 def test_the_hash_does_not_depend_on_how_the_file_is_written(tmp_path: Path) -> None:
@@ -356,3 +380,21 @@ def test_the_hash_is_sha256_over_sorted_json_of_all_settings() -> None:
     job = job_from_flat({"name": "ü"})
     text = json.dumps({key: job.flat()[key] for key in sorted(job.flat())})
     assert job.sha256 == hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+# --- secure aggregation -----------------------------------------------------------------------------------------------
+
+
+def test_secure_aggregation_needs_a_norm_to_clip_to() -> None:
+    assert "federation.max_update_norm" in refused({"privacy.secure_aggregation": True})
+    job_from_flat({"privacy.secure_aggregation": True, "federation.max_update_norm": 0.5})
+
+
+def test_what_needs_single_replies_is_refused_together_with_secure_aggregation() -> None:
+    secure = {"privacy.secure_aggregation": True, "federation.max_update_norm": 0.5}
+    noised = {"privacy.epsilon": 1.0, "train.class_weights": "none"}
+    text = refused(secure | noised | {"privacy.dp": "central"})
+    assert text.startswith("privacy.dp = 'central'")
+    assert "privacy.secure_aggregation" in text
+    job_from_flat(noised | {"privacy.dp": "central"})
+    job_from_flat(secure | noised | {"privacy.dp": "local"})

@@ -13,6 +13,7 @@ from shared.cases import derived_seed
 from shared.composed import composed, stacked_channels
 from shared.config import Job, nearest
 from shared.errors import UserError
+from shared.norms import without_batch_norm
 from shared.pretrained import load_weights
 from shared.tasks import Part
 from shared.tasks.classification.fusion import HEAD, fuse, has_joint, load_fused
@@ -153,7 +154,7 @@ def build_model(job: Job) -> nn.Module:
     if job.model.freeze == "backbone":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(head_prefix(job)))
-    return model
+    return without_batch_norm(model, job)
 
 
 def _fused(job: Job, entry: Entry) -> nn.Module:

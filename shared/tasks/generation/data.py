@@ -45,3 +45,8 @@ def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device,
     """Some images, augmented if they are to be trained on (what is varied here the generator learns to vary)."""
     images, targets, _ = classification.batch(data, indices, job, device, train)
     return Batch(images, torch.tensor([target[0] for target in targets], dtype=torch.int64, device=device))
+
+
+def blank(count: int, job: Job, device: torch.device) -> Batch:
+    """Random classes, as many of each on average, and no images: all that a generator's own step needs."""
+    return Batch(torch.empty(count, 0, device=device), torch.randint(len(job.classes), (count,), device=device))

@@ -18,61 +18,10 @@ from shared.errors import UserError
 from shared.pretrained import is_file_of_weights, load_weights
 from shared.tasks import Part
 from shared.tasks.classification import models as classification
+from shared.tasks.generation.layers import Modulation, SpectralConv2d, SpectralLinear
 
 FEATURES = 96  # of an image, in which images are compared: the channels of the reference's last stage
 _SLOPE = 0.2  # of the discriminator's leaky ReLU (Radford et al. 2016)
-_SQUARINGS = 8  # of the power method's matrix: 256 iterations at once
-
-
-def largest_singular_value(weight: Tensor, start: Tensor) -> Tensor:
-    """The spectral norm of ``weight`` (out, …) as a matrix of ``out`` rows, with a gradient to ``weight``.
-
-    Miyato et al. 2018 carry the power method's vector from step to step. Here it begins at ``start`` (out,) each time
-    and is run to the end: so the norm follows from the weights alone, nothing beside them has to be exchanged or
-    averaged, and a site that sat out a round computes the same.
-    """
-    matrix = weight.flatten(1)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        gram = matrix.float() @ matrix.float().T
-        for _ in range(_SQUARINGS):
-            gram = gram / torch.linalg.matrix_norm(gram).clamp(min=1e-30)
-            gram = gram @ gram
-        u = F.normalize(gram @ start, dim=0)
-    # Products and sums, no matrix product: autocast leaves them in float32.
-    norm: Tensor = torch.linalg.vector_norm((matrix * u[:, None]).sum(0))
-    return norm
-
-
-def _start(rows: int) -> Tensor:
-    """A fixed direction no trained matrix has a reason to avoid."""
-    return F.normalize(torch.randn(rows, generator=torch.Generator().manual_seed(0)), dim=0)
-
-
-class SpectralConv2d(nn.Conv2d):
-    """A convolution whose kernel is divided by its spectral norm, so that the layer's slope is bounded."""
-
-    start: Tensor
-
-    def __init__(self, inner: int, out: int, kernel: int, stride: int = 1, padding: int = 0) -> None:
-        super().__init__(inner, out, kernel, stride, padding)
-        self.register_buffer("start", _start(out), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight / largest_singular_value(self.weight, self.start)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
-
-
-class SpectralLinear(nn.Linear):
-    """A linear layer whose weights are divided by their spectral norm."""
-
-    start: Tensor
-
-    def __init__(self, inner: int, out: int) -> None:
-        super().__init__(inner, out)
-        self.register_buffer("start", _start(out), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight / largest_singular_value(self.weight, self.start), self.bias)
 
 
 def sides(size: int) -> list[int]:
@@ -92,7 +41,7 @@ class Generator(nn.Module):
     """Noise (n, latent) and classes (n,) to pictures (n, channels, size, size) in [0, 1].
 
     DCGAN (Radford et al. 2016) with nearest-neighbour enlargement and convolution in place of transposed convolutions,
-    whose chequered pattern shows at small sizes, and GroupNorm in place of BatchNorm.
+    whose chequered pattern shows at small sizes, and ``Modulation`` in place of BatchNorm.
     """
 
     def __init__(self, latent: int, classes: int, width: int, channels: int, size: int) -> None:
@@ -100,11 +49,8 @@ class Generator(nn.Module):
         self.classes, self.sides = classes, sides(size)
         wide = _widths(width, len(self.sides))
         self.first = nn.Linear(latent + classes, wide[0] * self.sides[0] ** 2)
-        self.norm = nn.GroupNorm(math.gcd(8, wide[0]), wide[0])
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inner, out, 3, padding=1), nn.GroupNorm(math.gcd(8, out), out), nn.ReLU())
-            for inner, out in pairwise(wide)
-        )
+        self.convolutions = nn.ModuleList(nn.Conv2d(inner, out, 3, padding=1) for inner, out in pairwise(wide))
+        self.norms = nn.ModuleList(Modulation(channels, latent + classes) for channels in wide)
         self.last = nn.Conv2d(wide[-1], channels, 3, padding=1)
 
     def forward(self, noise: Tensor, classes: Tensor) -> Tensor:
@@ -112,9 +58,9 @@ class Generator(nn.Module):
             noise = torch.cat([noise, F.one_hot(classes, self.classes).to(noise)], 1)
         x = self.first(noise).unflatten(1, (-1, self.sides[0], self.sides[0]))
         # Every map after it is laid out as this one; channels last is the faster layout.
-        x = F.relu(self.norm(x.contiguous(memory_format=torch.channels_last)))
-        for stage, side in zip(self.stages, self.sides[1:], strict=True):
-            x = stage(F.interpolate(x, size=(side, side), mode="nearest"))
+        x = F.relu(self.norms[0](x.contiguous(memory_format=torch.channels_last), noise))
+        for convolution, norm, side in zip(self.convolutions, self.norms[1:], self.sides[1:], strict=True):
+            x = F.relu(norm(convolution(F.interpolate(x, size=(side, side), mode="nearest")), noise))
         pictures: Tensor = self.last(x).sigmoid()
         return pictures
 
@@ -216,7 +162,7 @@ def _as_buffers(model: nn.Module) -> nn.Module:
 
 def parts(job: Job) -> tuple[Part, ...]:
     """The discriminator's step, then the generator's at half its rate, without momentum (Zhang et al. 2019)."""
-    return (Part("discriminator.", 1.0, (0.0, 0.9)), Part("generator.", 0.5, (0.0, 0.9)))
+    return (Part("discriminator.", 1.0, (0.0, 0.9)), Part("generator.", 0.5, (0.0, 0.9), sees_data=False))
 
 
 def head_prefix(job: Job) -> str:
@@ -257,7 +203,16 @@ def check(job: Job) -> None:
     classification.check(reference(job))
 
 
-_KEPT = ("seed", "data.", "augment.", "federation.", "evaluation.batch_size", "train.device", "train.precision")
+_KEPT = (
+    "seed",
+    "data.",
+    "augment.",
+    "federation.",
+    "privacy.",
+    "evaluation.batch_size",
+    "train.device",
+    "train.precision",
+)
 
 
 def reference(job: Job) -> Job:
@@ -277,6 +232,10 @@ def reference(job: Job) -> Job:
         "federation.rounds": rounds,
         "evaluation.every": rounds,
     }
+    if job.privacy.dp != "none":  # what it asks of the one job it asks of the other
+        own["train.class_weights"] = "none"
+    if job.privacy.dp == "distributed":
+        own["train.optimizer"] = "sgd"
     return job_from_flat(flat | own)
 
 

@@ -23,14 +23,11 @@ from shared.imaging.augment import normalise
 from shared.imaging.dataset import Dataset, to_uint16
 from shared.tasks import TASKS
 from shared.tasks.generation.data import Batch
+from shared.tasks.generation.layers import SpectralConv2d, SpectralLinear, _start, largest_singular_value
 from shared.tasks.generation.models import (
     Gan,
-    SpectralConv2d,
-    SpectralLinear,
-    _start,
     build_model,
     check,
-    largest_singular_value,
     reference,
     sides,
 )
