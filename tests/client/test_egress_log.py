@@ -144,10 +144,15 @@ def write_on(home: Path) -> None:
 
 
 def test_a_program_killed_at_any_moment_leaves_a_log_in_order(tmp_path: Path) -> None:
+    log = tmp_path / ".consilium" / LOG
     for attempt in range(12):
+        before = log.stat().st_size if log.exists() else 0
         worker = multiprocessing.get_context("fork").Process(target=write_on, args=(tmp_path,))
         worker.start()
-        time.sleep(0.03 + 0.011 * attempt)
+        while not log.exists() or log.stat().st_size == before:  # on a busy machine a process starts late
+            assert worker.is_alive()
+            time.sleep(0.001)
+        time.sleep(0.003 * attempt)
         os.kill(worker.pid or 0, signal.SIGKILL)
         worker.join()
         assert verify(tmp_path).faults == []
