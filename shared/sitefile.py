@@ -14,6 +14,10 @@ dir = ".consilium/cache"  # decoded images; this is the default
 [privacy]                 # what may leave: see client/policy.py
 require_dp = true
 max_epsilon = 8.0
+[server]                  # the federation's server, for `consilium site start`; paths are relative to this file
+address = "consilium.example.org:8443"
+ca = "ca.crt"             # whom to trust as the server
+key = "node.key"          # who this site is
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ from shared.errors import UserError
 from shared.settings import FORMATS
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+LOCAL_PORT = 9094
 OWN_FOLDER = ".consilium"  # what this program keeps beside a site's images; never taken for a class folder
 # The site's rules on what may leave, each with its default; ``client.policy`` says what they mean.
 PRIVACY: dict[str, bool | float | int | str] = {
@@ -54,10 +60,42 @@ _KEYS: dict[str, dict[str, type]] = {
     "limits": {"max_unreadable": float},
     "cache": {"dir": str},
     "privacy": {name: type(value) for name, value in PRIVACY.items()},
+    "server": {"address": str, "ca": str, "key": str, "local_port": int},
 }
 
-
 _KINDS = {str: "a text in quotes", float: "a number", int: "a whole number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How a site reaches its federation's server."""
+
+    address: str  # host:port of the gateway
+    ca: Path  # PEM: the authority whose word on the server's name is trusted
+    key: Path  # OpenSSH private key on a NIST curve: the site's identity
+    local_port: int  # on which the site's own processes talk, on 127.0.0.1 only
+
+
+def read_connection(path: Path) -> Connection:
+    """The [server] table of a site.toml.
+
+    Raises:
+        UserError: the file is wrong, or says nothing of a server.
+    """
+    content = read_toml(path)
+    read_site(path)
+    server = content.get("server", {})
+    missing = [key for key in ("address", "ca", "key") if key not in server]
+    if missing:
+        raise UserError(
+            f"{path}: [server] lacks {', '.join(missing)}; the start-up kit that the coordinator sent has these lines"
+        )
+    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", server["address"]):
+        raise UserError(f"{path}: server.address = {server['address']!r}: must be host:port, as host.example.org:8443")
+    folder = path.parent
+    return Connection(
+        server["address"], folder / server["ca"], folder / server["key"], server.get("local_port", LOCAL_PORT)
+    )
 
 
 def read_site(path: Path, home: Path | None = None) -> SiteData:
