@@ -69,6 +69,13 @@ def _answer(message: Message, context: Context, answer: Answer, kind: str = "") 
     )
 
 
+def decline(message: Message, context: Context, refusal: SiteRefusal) -> Message:
+    """The reply of a site that does not come to running anything."""
+    _log_failure(context, f"declined ({refusal.code}): {refusal}")
+    content = release(message.metadata.message_type, RecordDict(), refusal.code, message, context, None)
+    return Message(content, reply_to=message)
+
+
 def _job(message: Message, context: Context) -> Job:
     """The run's job, or the one whose model is the reference that the run's is measured by."""
     job = job_from_flat(context.run_config)

@@ -35,7 +35,6 @@ from shared.errors import UserError
 from shared.settings import FORMATS
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-LOCAL_PORT = 9094
 OWN_FOLDER = ".consilium"  # what this program keeps beside a site's images; never taken for a class folder
 # The site's rules on what may leave, each with its default; ``client.policy`` says what they mean.
 PRIVACY: dict[str, bool | float | int | str] = {
@@ -73,7 +72,7 @@ class Connection:
     address: str  # host:port of the gateway
     ca: Path  # PEM: the authority whose word on the server's name is trusted
     key: Path  # OpenSSH private key on a NIST curve: the site's identity
-    local_port: int  # on which the site's own processes talk, on 127.0.0.1 only
+    local_port: int  # on which the site's own processes talk, on 127.0.0.1 only; 0: one that is free
 
 
 def read_connection(path: Path) -> Connection:
@@ -93,9 +92,7 @@ def read_connection(path: Path) -> Connection:
     if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", server["address"]):
         raise UserError(f"{path}: server.address = {server['address']!r}: must be host:port, as host.example.org:8443")
     folder = path.parent
-    return Connection(
-        server["address"], folder / server["ca"], folder / server["key"], server.get("local_port", LOCAL_PORT)
-    )
+    return Connection(server["address"], folder / server["ca"], folder / server["key"], server.get("local_port", 0))
 
 
 def read_site(path: Path, home: Path | None = None) -> SiteData:

@@ -1,0 +1,182 @@
+"""A site in a federation: `consilium site start` keeps Flower's SuperNode and the site's worker running.
+
+The SuperNode speaks with the federation's server, the worker does the work. Both are started again when they end, for
+ever: a site that was cut off joins again by itself. All connections go outwards; what listens is on this machine only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from client.policy import read_policy
+from client.workspace import write_log
+from shared.config import read_toml
+from shared.errors import UserError
+from shared.sitefile import OWN_FOLDER, Connection, read_connection, read_site
+from shared.supervise import Child, own_environment, supervise
+
+SUPERNODE, WORKER = "connection", "worker"
+# What Flower's SuperNode says when it cannot join, and what a data manager is to do. The first that is found counts.
+TROUBLES = {
+    "CERTIFICATE_VERIFY_FAILED: Hostname mismatch": "the server's certificate is for another name than server.address; "
+    "ask the coordinator for the right address",
+    "certificate has expired": "the server's certificate has expired; ask the coordinator to renew it",
+    "certificate is not yet valid": "the server's certificate is not valid yet; is this machine's clock right?",
+    "CERTIFICATE_VERIFY_FAILED": "the server is not the one that server.ca vouches for; do not go on, and call the "
+    "coordinator",
+    "WRONG_VERSION_NUMBER": "what answers at server.address does not speak TLS; ask the coordinator for the right one",
+    "[code 2004]": "the server does not know this site's key, or still takes the site for connected; if it lasts for "
+    "minutes, read the key's fingerprint to the coordinator (`consilium site check`)",
+    "[code 2001]": "the server asks for a key this site did not give; check server.key",
+    "606": "the server runs another version of Flower; ask the coordinator which one to install",
+}
+
+
+def start(site_file: Path, say: Callable[[str], None]) -> None:
+    """Take part in the federation that site.toml names, until SIGTERM or Ctrl-C.
+
+    Args:
+        say: hears in plain words what happens.
+
+    Raises:
+        UserError: the site's file does not allow it to start; says what to do.
+    """
+    site_file = site_file.resolve()
+    connection = _ready(site_file)
+    folder = site_file.parent / OWN_FOLDER
+    with _alone(folder, site_file):
+        port = connection.local_port or _free_port()
+        secret = _new_secret(folder / "worker.secret")
+        children = [
+            Child(SUPERNODE, _supernode(connection, port, secret), folder / "connection.log", _environment(folder)),
+            Child(WORKER, _worker(site_file, port, secret), folder / "worker.log", _environment(folder)),
+        ]
+        say(f"{read_site(site_file).name}: connecting to {connection.address}; Ctrl-C ends it")
+        watch = _Watch(site_file, say)
+        supervise(children, watch.ended, watch.tick)
+        say("stopped")
+
+
+def _ready(site_file: Path) -> Connection:
+    connection = read_connection(site_file)
+    if "privacy" not in read_toml(site_file):
+        raise UserError(
+            f"{site_file}: no [privacy] table: write down what may leave this site before it joins (docs/hospital.md)"
+        )
+    read_policy(site_file)
+    for key, path in (("ca", connection.ca), ("key", connection.key)):
+        if not path.is_file():
+            raise UserError(f"server.{key}: no file {path}; it is in the start-up kit that the coordinator sent")
+    if connection.key.stat().st_mode & 0o077:
+        raise UserError(f"{connection.key}: others can read this key; do `chmod 600 {connection.key}`")
+    return connection
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, site_file: Path) -> Iterator[None]:
+    """One program a site: two would be one site twice."""
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = (folder / "start.lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{site_file}: this site is started already") from None
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _new_secret(path: Path) -> Path:
+    """What the worker proves itself with to the SuperNode, so that no other program here gets the site's messages."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(32))
+    return path
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return own_environment(FLWR_HOME=str(folder / "flower"))
+
+
+def _supernode(connection: Connection, port: int, secret: Path) -> list[str]:
+    return [
+        *("flower-supernode", "--superlink", connection.address, "--root-certificates", str(connection.ca)),
+        *("--auth-supernode-private-key", str(connection.key), "--isolation", "process"),
+        *("--host", "127.0.0.1", "--port", str(port), "--superexec-auth-secret-file", str(secret)),
+    ]
+
+
+def _worker(site_file: Path, port: int, secret: Path) -> list[str]:
+    return [sys.executable, "-m", "client.worker", f"127.0.0.1:{port}", str(site_file), str(secret)]
+
+
+class _Watch:
+    """Says what happens at the site: its own log as it grows, and why a process ended."""
+
+    def __init__(self, site_file: Path, say: Callable[[str], None]) -> None:
+        self.home, self.say = site_file.parent, say
+        self.read = {name: _size(self.home / path) for name, path in _LOGS.items()}
+        self.said = ""
+
+    def tick(self) -> None:
+        for line in self._news("site"):
+            self.say(line)
+        for line in self._news(SUPERNODE):
+            self._hear(line)
+
+    def _news(self, name: str) -> list[str]:
+        """The whole lines that a log has grown by."""
+        path = self.home / _LOGS[name]
+        if _size(path) <= self.read[name]:
+            return []
+        with path.open("rb") as file:
+            file.seek(self.read[name])
+            whole, _, _ = file.read().rpartition(b"\n")
+        self.read[name] += len(whole) + 1 if whole else 0
+        return whole.decode("utf-8", "replace").splitlines()
+
+    def _hear(self, line: str) -> None:
+        for words, meaning in TROUBLES.items():
+            if words in line:
+                self._once(meaning)
+                return
+        if "SuperNode activated" in line or "Connection successful" in line:
+            self._once("connected; waiting for work")
+        elif "Connection attempt failed" in line:
+            self._once("the server cannot be reached; trying again until it can")
+
+    def _once(self, text: str) -> None:
+        if text != self.said:
+            self.said = text
+            write_log(self.home, text)  # and so it is said
+
+    def ended(self, child: Child, status: int) -> None:
+        self.tick()
+        if child.name == WORKER:
+            write_log(self.home, f"the worker ended (status {status}) and is started again; see {_LOGS[WORKER]}")
+
+
+_LOGS = {
+    "site": Path("site.log"),
+    SUPERNODE: Path(OWN_FOLDER, "connection.log"),
+    WORKER: Path(OWN_FOLDER, "worker.log"),
+}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

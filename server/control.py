@@ -1,0 +1,169 @@
+"""What the coordinator asks of Flower's SuperLink: which sites there are, start a run, how is it, stop it.
+
+Flower's control routes know no password: they are reached on this machine only, never through the gateway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from server.federation import Folder
+from shared.bundle import release
+from shared.config import Scalar
+from shared.errors import UserError
+
+
+class Node(NamedTuple):
+    """A site as Flower knows it."""
+
+    id: int
+    name: str
+    key: bytes  # OpenSSH public key
+    online: bool
+    since: str  # ISO 8601; when it last connected, or last was connected; "" if never
+
+
+class Status(NamedTuple):
+    """How a run is."""
+
+    state: str  # pending, starting, running, finished
+    outcome: str  # of a finished run: completed, failed, stopped
+    details: str
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of the run will change any more."""
+        return self.state == "finished"
+
+
+class Control:
+    """The control routes of the federation in ``folder``; use it as a context manager."""
+
+    def __init__(self, folder: Folder) -> None:
+        federation = folder.read()
+        self.folder = folder
+        self._client = ControlHttpClient.from_server_address(
+            server_address=f"127.0.0.1:{federation.internal_port}",
+            insecure=False,
+            root_certificates=folder.ca_cert.read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-cli")],
+        )
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError:
+            raise UserError(
+                f"the server of {self.folder.path} does not answer; start it: consilium server start {self.folder.path}"
+            ) from None
+        except httpx.HTTPStatusError as error:
+            raise UserError(f"the server refused: {error.response.text[:300].strip() or error}") from None
+
+    def answers(self) -> bool:
+        """Whether SuperLink is there."""
+        try:
+            self._client.ListNodes(ListNodesRequest())
+        except httpx.HTTPError:
+            return False
+        return True
+
+    def nodes(self) -> list[Node]:
+        """All registered sites by name."""
+        with self._asked():
+            found = self._client.ListNodes(ListNodesRequest()).nodes_info
+        there = [node for node in found if node.status != "unregistered"]
+        return sorted(
+            Node(
+                node.node_id,
+                node.name,
+                node.public_key,
+                node.status == "online",
+                node.last_activated_at if node.status == "online" else node.last_deactivated_at,
+            )
+            for node in there
+        )
+
+    def register(self, name: str, public_key: bytes) -> None:
+        """Let the site of that key connect from now on."""
+        with self._asked():
+            self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
+
+    def unregister(self, node: int) -> None:
+        """Never let a site connect again with the key it has."""
+        with self._asked():
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+    def start(self, config: Mapping[str, Scalar]) -> int:
+        """Submit a run of the installed release with that run config; gives its number."""
+        content, _ = build_fab_from_files(dict(release()))
+        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(config)))
+        with self._asked():
+            return int(self._client.StartRun(request).run_id)
+
+    def status(self, run: int) -> Status:
+        """How the run of that number is."""
+        with self._asked():
+            found = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict
+        status = run_from_proto(found[run]).status
+        return Status(status.status, status.sub_status, status.details)
+
+    def stop(self, run: int) -> bool:
+        """End a run; whether it could be ended."""
+        with self._asked():
+            return bool(self._client.StopRun(StopRunRequest(run_id=run)).success)
+
+
+def keep_keys(control: Control, folder: Folder) -> Iterator[str]:
+    """Make SuperLink's registered sites those of DIR/sites; gives a line for each change."""
+    wanted = {_key(path): path.parent.name for path in (folder.node_pub(name) for name in folder.site_names())}
+    there = {node.key.strip(): node for node in control.nodes()}
+    for key, node in there.items():
+        if key not in wanted or wanted[key] != node.name:
+            control.unregister(node.id)
+            yield f"{node.name}: its key is no longer accepted"
+    for key, name in wanted.items():
+        if key not in there or there[key].name != name:
+            control.register(name, key)
+            yield f"{name}: its key is accepted"
+
+
+def _key(path: Path) -> bytes:
+    """The public key as Flower's own command would read it: re-encoded, without a comment."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    try:
+        key = load_ssh_public_key(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path}: is no public key in OpenSSH's format; provision the federation again") from None
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise UserError(f"{path}: must be a key on a NIST curve, as `consilium site keygen` makes them")
+    return public_key_to_bytes(key)

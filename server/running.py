@@ -1,0 +1,154 @@
+"""`consilium server start`: keeps Flower's SuperLink, its executor and the gateway running, and the accepted keys true."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from server.control import Control, keep_keys
+from server.federation import Folder
+from server.store import write_text
+from shared.errors import UserError
+from shared.supervise import Child, own_environment, supervise
+
+SUPERLINK, EXECUTOR, GATEWAY = "superlink", "executor", "gateway"
+
+
+def start(path: Path, say: Callable[[str], None]) -> None:
+    """Run the server of the federation in ``path`` until SIGTERM or Ctrl-C.
+
+    Args:
+        say: hears in plain words what happens.
+
+    Raises:
+        UserError: it cannot start; says what to do.
+    """
+    folder = Folder(path.resolve())
+    federation = folder.read()
+    with _alone(folder):
+        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+        if nginx is None:
+            raise UserError("the gateway needs nginx: install it, on Debian `apt-get install nginx-light`")
+        for port, host in ((federation.port, federation.listen), (federation.internal_port, "127.0.0.1")):
+            _require_free(host, port)
+        health = {SUPERLINK: _free_port(), EXECUTOR: _free_port()}
+        children = _children(folder, federation.internal_port, nginx, health)
+        write_text(state_file(folder), json.dumps({"pid": os.getpid(), "health": health}))
+        say(f"{federation.name}: hospitals reach it at {federation.address}; Ctrl-C ends it")
+        try:
+            supervise(children, lambda child, status: say(_ended(child, status)), _Watch(folder, children, say).tick)
+        finally:
+            state_file(folder).unlink(missing_ok=True)
+        say("stopped")
+
+
+def state_file(folder: Folder) -> Path:
+    """Where a server that runs writes down its process and the ports of its health service."""
+    return folder.state / "server.json"
+
+
+@contextlib.contextmanager
+def _alone(folder: Folder) -> Iterator[None]:
+    try:
+        folder.gateway.mkdir(parents=True, exist_ok=True)
+        folder.state.chmod(0o700)
+        lock = (folder.state / "start.lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder.state}: cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder.path}: this server is started already") from None
+        yield
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of {host} cannot be had ({error.strerror}); choose another in [server]"
+            ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _children(folder: Folder, port: int, nginx: str, health: dict[str, int]) -> list[Child]:
+    env = own_environment(FLWR_HOME=str(folder.state / "flower"))
+    address, secret = f"127.0.0.1:{port}", str(folder.superexec_secret)
+    superlink = [
+        *("flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
+        *("--ssl-certfile", str(folder.server_cert), "--ssl-keyfile", str(folder.server_key)),
+        *("--ssl-ca-certfile", str(folder.ca_cert), "--enable-supernode-auth"),
+        *("--database", str(folder.state / "superlink.db"), "--superexec-auth-secret-file", secret),
+        *("--disable-runtime-dependency-installation", "--health-server-address", f"127.0.0.1:{health[SUPERLINK]}"),
+    ]
+    executor = [
+        *("flower-superexec", "--runtime-api-address", address, "--root-certificates", str(folder.ca_cert)),
+        *("--superexec-auth-secret-file", secret, "--health-server-address", f"127.0.0.1:{health[EXECUTOR]}"),
+    ]
+    gateway = [nginx, "-p", str(folder.gateway), "-c", str(folder.nginx_conf), "-g", "daemon off;"]
+    return [
+        Child(SUPERLINK, superlink, folder.state / "superlink.log", env),
+        Child(EXECUTOR, executor, folder.state / "executor.log", env),
+        Child(GATEWAY, gateway, folder.gateway / "gateway.log", env),
+    ]
+
+
+def _ended(child: Child, status: int) -> str:
+    return f"{child.name} ended (status {status}) and is started again in {child.wait:.0f} s; see {child.log}"
+
+
+class _Watch:
+    """Keeps what the processes know equal to the files of the folder."""
+
+    def __init__(self, folder: Folder, children: list[Child], say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
+        self.superlink, _, self.gateway = children
+        self.keys: object = None
+        self.files = self._stamps()
+        self.ready = False
+
+    def tick(self) -> None:
+        keys = [(name, self._stamp(self.folder.node_pub(name))) for name in self.folder.site_names()]
+        if keys != self.keys:
+            with Control(self.folder) as control:
+                if not control.answers():
+                    return
+                for line in keep_keys(control, self.folder):
+                    self._say(line)
+            self.keys = keys
+        if not self.ready:
+            self.ready = True
+            self._say("ready")
+        files = self._stamps()
+        if files != self.files:
+            self.files = files
+            self._say("certificate or gateway changed: the server takes them up")
+            for child in (self.superlink, self.gateway):
+                if child.process is not None:
+                    child.process.terminate()
+
+    def _stamps(self) -> list[float]:
+        return [self._stamp(path) for path in (self.folder.server_cert, self.folder.nginx_conf)]
+
+    def _stamp(self, path: Path) -> float:
+        return path.stat().st_mtime if path.exists() else 0.0
+
+    def _say(self, text: str) -> None:
+        self.say(f"{datetime.now(UTC):%H:%M:%S} {text}")
