@@ -19,7 +19,7 @@ from client.counts import require_cells, survey_counts, training_figures
 from client.egress import Asked, Refused, records, release
 from client.private_round import train_on_budget
 from client.survey import statistics
-from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, write_log
+from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, run_name, write_log
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.errors import explained
@@ -104,7 +104,7 @@ def query(message: Message, context: Context) -> Message:
 
 def _query(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     if message.content["config"].get("fresh", True):
-        Moments(workspace.home, context.run_id, job).forget(after=_round(message))
+        Moments(workspace.home, run_name(context), job).forget(after=_round(message))
     for skip in workspace.data.skipped:
         write_log(workspace.home, f"left out, cannot be read: {explained(skip.path, skip.code, skip.detail)}")
     metrics = survey_counts(workspace.told, len(workspace.data.skipped))
@@ -141,7 +141,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     round_ = _round(message)
     model = open_model(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
-    moments = Moments(workspace.home, context.run_id, job)
+    moments = Moments(workspace.home, run_name(context), job)
     held = moments.load(round_) if job.train.keep_optimizer else None
     weights: list[float] = list(config["class-weights"])  # type: ignore[arg-type]
     epsilon = None
@@ -151,7 +151,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
             model,
             job,
             workspace,
-            f"{job.name[:12]}-{job.sha256[:6]}-{context.run_id}",
+            f"{job.name[:12]}-{job.sha256[:6]}-{run_name(context)}",
             round_,
             weights,
             examples=examples,

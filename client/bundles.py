@@ -1,7 +1,7 @@
 """Which code may run at this site: the installed release, and what its data manager has approved besides.
 
-A bundle that is neither is kept as a file that nothing unpacks, so that `consilium site approve` can show how it differs
-from the installed release. All lies in the site's own folder:
+A bundle that is neither is kept as a file that nothing unpacks, so that `consilium site approve` can show how it
+differs from the installed release. All lies in the site's own folder:
 
     .consilium/bundles/refused/SHA256.fab     what was sent and not run, the last few
     .consilium/bundles/approved.jsonl         what was approved, when

@@ -6,6 +6,7 @@ What is costly is kept in this process for the next message: the opened data set
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
+from flwr.app import Context
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,6 +68,18 @@ def find_sites(node: dict[str, Scalar], run: dict[str, Scalar]) -> tuple[str, Pa
     return name, home, files
 
 
+def run_name(context: Context) -> str:
+    """Which run a message belongs to; a resumed one keeps its name, though Flower gives it another number.
+
+    Raises:
+        SiteRefusal: the name is not one that a run may have.
+    """
+    name = str(context.run_config.get("run.id") or context.run_id)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", name):
+        raise SiteRefusal("bad-configuration", f"run.id = {name!r}: not a name that a run may have")
+    return name
+
+
 def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) -> Workspace:
     """The node's workspace, decoding its images if that was not done before.
 
@@ -108,8 +122,8 @@ class Moments:
     apart what a run trains first from what it trains then (its reference network).
     """
 
-    def __init__(self, home: Path, run_id: int, job: Job) -> None:
-        self.folder = home / OWN_FOLDER / "state" / str(run_id) / job.sha256[:16]
+    def __init__(self, home: Path, run: str, job: Job) -> None:
+        self.folder = home / OWN_FOLDER / "state" / run / job.sha256[:16]
 
     def _rounds(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))

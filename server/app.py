@@ -20,10 +20,13 @@ def main(grid: Grid, context: Context) -> None:
     """Runs the job of the run config.
 
     ``run.out`` is the run folder; ``run.heldout`` the site.toml of the server's own images, if any; ``run.reference``
-    the weights of the network that the job's task measures by, where they are there already.
+    the weights of the network that the job's task measures by, where they are there already. ``run.resume`` goes on
+    after the last whole round in the run folder; ``run.expected`` is how many sites to wait for at first.
     """
     job = job_from_flat(context.run_config)
     config = context.run_config
     heldout = load_heldout(Path(str(config["run.heldout"])), job) if config.get("run.heldout") else None
     reference = load_file(str(config["run.reference"])) if config.get("run.reference") else None
-    Run(grid, job, Path(str(config.get("run.out") or "run")), heldout, reference=reference).run()
+    folder, resume = Path(str(config.get("run.out") or "run")), bool(config.get("run.resume"))
+    expected = int(config.get("run.expected") or 0)
+    Run(grid, job, folder, heldout, reference=reference, resume=resume, expected=expected).run()

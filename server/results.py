@@ -56,7 +56,8 @@ def privacy_spent(rounds: list[Event], job: Job) -> dict[str, Any]:
     if asked.dp == "central":
         last = next((event["central"] for event in reversed(rounds) if "central" in event), {"epsilon": 0.0})
         return found | {"unit": "site", "epsilon": last["epsilon"]}
-    whole = Mechanism(job_noise(job), asked.sampling_rate, len(rounds) * job.train.local_steps)
+    times = sum(1 + event.get("repeated", 0) for event in rounds)  # the server saw also those that were done again
+    whole = Mechanism(job_noise(job), asked.sampling_rate, times * job.train.local_steps)
     return found | {"epsilon": epsilon([whole], asked.delta, asked.accountant), "noisy_sites": noisy_sites(job)}
 
 

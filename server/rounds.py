@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from server.admission import Dropped, Place, Update, admit, admit_facts, admit_sums
+from server.admission import Dropped, Place, Update, admit, admit_sums
 from server.aggregation import AGGREGATORS
 from server.central import Central
+from server.checkpoint import Best, Checkpoint, State
+from server.exchange import replies
+from server.roll import call
 from server.secure import SecureRound
-from server.store import Store, write_model, write_pictures, write_text
+from server.store import Store, read_events, write_pictures, write_text
 from shared import __version__
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
-from shared.sitefile import SITE_NAME
 from shared.tasks import TASKS, Sums, add_sums, load_task
 from shared.training import pick_device
 from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, put
@@ -41,22 +41,14 @@ class RunFailed(Exception):
     """The run cannot go on; everything up to here is in the run folder. Exit code 1."""
 
 
-@dataclass
-class Best:
-    """The best round so far by the job's validation metric."""
-
-    round: int = 0
-    value: float = math.nan
-    arrays: Arrays = field(default_factory=dict)
-
-
 class Run:
     """One run of one job on the sites behind ``grid``; results go to ``folder``.
 
     ``heldout`` is the server's own data set, if it has one; its images are only evaluated on. ``jury`` is a surveyed
     run whose sites test the final model instead of this run's own: how a baseline is judged on everybody's images.
     ``reference`` holds the weights of the network the job's task measures by, where it has one and they are there
-    already; else the run trains it first.
+    already; else the run trains it first. ``resume`` goes on after the last whole round that ``folder`` holds.
+    ``expected`` is how many sites are waited for at first, up to ``federation.start_timeout``.
     """
 
     def __init__(
@@ -67,8 +59,13 @@ class Run:
         heldout: Dataset | None = None,
         jury: Run | None = None,
         reference: Arrays | None = None,
+        resume: bool = False,
+        expected: int = 0,
     ) -> None:
         self.grid, self.job, self.folder, self.heldout, self.jury = grid, job, folder, heldout, jury
+        self.expected = max(expected, job.federation.min_sites)
+        self.checkpoint = Checkpoint(folder)
+        self.resumed = self.checkpoint.load() if resume else None
         self.reference: Arrays = reference or {}
         self.is_reference = False
         self.task = load_task(job.task)
@@ -80,9 +77,8 @@ class Run:
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
         self.counted = len(self.task.count_classes(Dataset.of(()), job))
         self.places: list[Place] = []
-        self.best = Best()
-
-    # ------------------------------------------------------------------ the whole run
+        self.heard: set[int] = set()  # nodes that answered the survey, whatever they said
+        self.best = self.resumed.best if self.resumed else Best()
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate and save; returns the best round, the seconds it took and the names of the sites.
@@ -93,7 +89,9 @@ class Run:
         job = self.job
         started = time.monotonic()
         write_text(self.folder / "job.toml", job.toml())
-        self.store.add("start", job=job.sha256, name=job.name, rounds=job.federation.rounds, version=__version__)
+        after = {"resumed_after": self.resumed.round} if self.resumed else {}
+        facts = {"job": job.sha256, "name": job.name, "rounds": job.federation.rounds, "version": __version__}
+        self.store.add("start", **facts, **after)
         try:
             arrays = self._train_all(exchanged(self.model, job))
             result = self._finish(arrays, time.monotonic() - started)
@@ -104,18 +102,27 @@ class Run:
         return result
 
     def _train_all(self, arrays: Arrays) -> Arrays:
-        job = self.job
-        self.survey()
+        job, done = self.job, self.resumed.round if self.resumed else 0
+        self._await_sites()
+        self.survey(round_=done)
         if hasattr(self.task, "reference") and not (self.reference or self.is_reference):
             self.reference = train_reference(self.grid, job, self.folder)
-        totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
-        weights = self.task.class_weights(totals, job)
-        self.evaluate(arrays, 0, "val")
-        for number in range(1, job.federation.rounds + 1):
+        if self.resumed:
+            arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
+            if self.central is not None:
+                self.central.bound, self.central.rounds = self.resumed.more["central"]
+        else:
+            totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
+            weights = [float(weight) for weight in self.task.class_weights(totals, job)]
+            self.evaluate(arrays, 0, "val")
+        for number in range(done + 1, job.federation.rounds + 1):
+            self._admit_newcomers(number)
             arrays = self.train_round(arrays, number, weights)
             if number % job.evaluation.every == 0 or number == job.federation.rounds:
                 self._keep_best(number, arrays, self.evaluate(arrays, number, "val"))
-            write_model(self.folder / "last.safetensors", arrays, self._facts(number))
+            central = [self.central.bound, self.central.rounds] if self.central is not None else []
+            state = State(number, arrays, self.best, {"class_weights": weights, "central": central})
+            self.checkpoint.save(state, self._facts(number))
         return arrays
 
     def _keep_best(self, number: int, arrays: Arrays, metrics: dict[str, Estimate]) -> None:
@@ -126,7 +133,7 @@ class Run:
         if math.isnan(value) or (not math.isnan(self.best.value) and sign * value <= sign * self.best.value):
             return
         self.best = Best(number, value, arrays)
-        write_model(self.folder / "model.safetensors", arrays, self._facts(number))
+        self.checkpoint.keep_best(self.best, self._facts(number))
 
     def _facts(self, number: int) -> dict[str, str]:
         facts = {"job": self.job.sha256, "round": str(number), "version": __version__, "model": self.job.model.name}
@@ -137,7 +144,7 @@ class Run:
         if not self.best.round:
             self.store.add("warning", text="no validation image at any site: the last round is the model that is kept")
             self.best = Best(job.federation.rounds, math.nan, last)
-            write_model(self.folder / "model.safetensors", last, self._facts(job.federation.rounds))
+            self.checkpoint.keep_best(self.best, self._facts(job.federation.rounds))
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
         self.evaluate(self.best.arrays, self.best.round, "test")
@@ -157,53 +164,55 @@ class Run:
         model: nn.Module = self.model.to(self.device)
         return model
 
-    # ------------------------------------------------------------------ messages
-
     def _exchange(
         self, kind: str, content: RecordDict | Callable[[Place], RecordDict], places: Iterable[Place], round_: int
     ) -> Iterator[tuple[Place, Message | None]]:
-        """Send one content, or each its own, to the places; give each place's reply or None, in their order.
-
-        An engine that yields replies one by one in the order asked is read as it yields, so that one reply at a time is
-        in memory. Any other is put in order here: sums of floats depend on it.
-        """
+        """Send one content, or each its own, to the places; give each place's reply or None, in their order."""
         places = list(places)
         own = content if callable(content) else lambda _: content
         messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
-        replies = self.grid.send_and_receive(messages, timeout=self.job.federation.round_timeout)
-        if not isinstance(replies, Iterator):
-            by_node = {reply.metadata.src_node_id: reply for reply in replies}
-            ordered: Iterator[Message | None] = iter([by_node.get(place.node) for place in places])
-        else:
-            ordered = replies
-        for place in places:
-            yield place, next(ordered, None)
+        yield from zip(places, replies(self.grid, messages, self.job.federation.round_timeout), strict=True)
 
     def _config(self, round_: int, **more: Any) -> ConfigRecord:
         return ConfigRecord({"round": round_, **more} | ({"reference": True} if self.is_reference else {}))
 
-    def survey(self, fresh: bool = True) -> None:
-        """Ask every node who it is; fill ``places``, sorted by name. ``fresh``: sites forget what an earlier run left.
+    def _await_sites(self) -> None:
+        """Wait until all who are expected are connected; a simulated site always is."""
+        deadline = time.monotonic() + self.job.federation.start_timeout
+        while len(list(self.grid.get_node_ids())) < self.expected and time.monotonic() < deadline:
+            time.sleep(1.0)
+
+    def survey(self, fresh: bool = True, round_: int = 0) -> None:
+        """Ask every node who it is; fill ``places``, sorted by name.
+
+        ``fresh``: sites forget what an earlier attempt left of rounds after ``round_``.
 
         Raises:
             RunFailed: two sites with one name, differing frozen weights, or fewer sites than the quorum.
         """
-        nodes = [Place(node, f"node {node}", {}, [], 0) for node in sorted(self.grid.get_node_ids())]
-        content = RecordDict({"config": self._config(0, fresh=fresh)})
-        found: list[Place] = []
-        dropped: list[dict[str, str]] = []
-        for node, reply in self._exchange(MessageType.QUERY, content, nodes, 0):
-            try:
-                found.append(Place(node.node, *admit_facts(reply, self.job, self.frozen, self.counted)))
-            except Dropped as reason:
-                dropped.append({"site": _site_name(reply) or node.name, "reason": str(reason)})
-        self.places = sorted(found, key=lambda place: place.name)
-        self.store.add("survey", sites=[vars(place) for place in self.places], dropped=dropped)
+        dropped = self._ask(sorted(self.grid.get_node_ids()), fresh, round_)
+        self._require(len(self.places), dropped, "before the first round")
+
+    def _admit_newcomers(self, number: int) -> None:
+        """Ask those who were not there before, or did not answer, who they are: from now on they take part."""
+        nodes = sorted(set(self.grid.get_node_ids()) - self.heard)
+        if nodes:
+            self._ask(nodes, True, number - 1)
+
+    def _ask(self, nodes: list[int], fresh: bool, round_: int) -> list[dict[str, str]]:
+        """Survey ``nodes``; gives those that were not admitted, with the reason."""
+        content = RecordDict({"config": self._config(round_, fresh=fresh)})
+        asked = [Place(node, f"node {node}", {}, [], 0) for node in nodes]
+        answers = self._exchange(MessageType.QUERY, content, asked, round_)
+        found, dropped, heard = call(answers, self.job, self.frozen, self.counted)
+        self.heard |= heard
+        self.places = sorted([*self.places, *found], key=lambda place: place.name)
         names = [place.name for place in self.places]
+        self.store.add("survey", sites=[vars(place) for place in self.places], dropped=dropped)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise RunFailed(f"two sites call themselves {twice!r}; give each site.toml a name of its own")
-        self._require(len(names), dropped, "before the first round")
+        return dropped
 
     def _require(self, admitted: int, dropped: list[dict[str, str]], when: str, secure: int = 0) -> None:
         """``secure``: how many secure aggregation needs."""
@@ -329,17 +338,12 @@ def train_reference(grid: Grid, job: Job, folder: Path) -> Arrays:
     Raises:
         RunFailed: as ``Run.run``.
     """
-    run = Run(grid, load_task(job.task).reference(job), folder / REFERENCE)
-    run.is_reference = True
-    run.run()
+    own = folder / REFERENCE
+    run = Run(grid, load_task(job.task).reference(job), own, resume=True)
+    if not any(event["event"] == "finish" for event in read_events(own)):
+        run.is_reference = True
+        run.run()
     return run.best.arrays
-
-
-def _site_name(reply: Message | None) -> str:
-    if reply is None or reply.has_error():
-        return ""
-    name = str(reply.content.config_records.get("status", ConfigRecord()).get("site", ""))
-    return name if re.fullmatch(SITE_NAME, name) else ""  # a name is all that may ride on it
 
 
 def _rows(metrics: dict[str, Estimate]) -> dict[str, dict[str, Any]]:

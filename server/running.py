@@ -1,4 +1,4 @@
-"""`consilium server start`: keeps Flower's SuperLink, its executor and the gateway running, and the accepted keys true."""
+"""`consilium server start`: keeps Flower's SuperLink, its executor and the gateway running, and the keys in order."""
 
 from __future__ import annotations
 

@@ -132,12 +132,19 @@ class Store:
 
 
 def read_events(folder: Path) -> list[Event]:
-    """All events of a run in order; a last line cut short by a crash is passed over."""
+    """All events of a run in order; a last line cut short by a crash is passed over.
+
+    Of a round that was done again, after a crash, the last is given, with the number of earlier ones as ``repeated``.
+    """
     path = folder / "rounds.jsonl"
-    events: list[Event] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    events: dict[object, Event] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
         try:
-            events.append(json.loads(line))
+            event: Event = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return events
+        key = (event["event"], event.get("round"), event.get("split")) if "round" in event else number
+        if earlier := events.pop(key, None):
+            event["repeated"] = earlier.get("repeated", 0) + 1
+        events[key] = event
+    return list(events.values())

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from server.admission import Dropped, status
+from server.exchange import replies
 from shared.config import Job
 from shared.sitefile import SITE_NAME
 from shared.statistics import template
@@ -28,14 +29,9 @@ def survey(grid: Grid, job: Job) -> Survey:
     content = RecordDict({"config": ConfigRecord({"round": 0, "survey": True})})
     nodes = sorted(grid.get_node_ids())
     messages = [Message(content, node, MessageType.QUERY, group_id="0") for node in nodes]
-    replies = {
-        reply.metadata.src_node_id: reply
-        for reply in grid.send_and_receive(messages, timeout=job.federation.round_timeout)
-    }
     sites: dict[str, Sums] = {}
     dropped: list[tuple[str, str]] = []
-    for node in nodes:
-        reply = replies.get(node)
+    for node, reply in zip(nodes, replies(grid, messages, job.federation.round_timeout), strict=True):
         name = _name(reply) or f"node {node}"
         try:
             sums = _admitted(reply, job)

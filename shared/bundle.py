@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared import __version__
-from shared.config import Job, toml_scalar
+from shared.config import Job, Scalar, toml_scalar
 
 PACKAGES = ("client", "server", "shared")
 MANIFEST = "pyproject.toml"
 MOST_BYTES = 64 << 20  # unpacked; the format allows 10 MiB packed
 MOST_FILES = 2000
 # What a server may say of a run beside the job: where its files lie, and which run it is.
-RUN_KEYS = ("run.out", "run.sites", "run.heldout", "run.reference", "run.id", "run.resume")
+RUN_KEYS: dict[str, Scalar] = {
+    "run.out": "",  # the run folder
+    "run.sites": "",  # where the site.toml of each node lies, under Flower's own simulation engine
+    "run.heldout": "",  # site.toml of the server's own images
+    "run.reference": "",  # weights of the network that the job's task measures by
+    "run.id": "",  # the run, also when it is resumed; Flower gives it a new number then
+    "run.resume": False,
+    "run.expected": 0,  # sites to wait for at first
+}
 
 Files = dict[str, bytes]
 
@@ -54,7 +62,7 @@ def release() -> Mapping[str, bytes]:
 
 def _manifest() -> str:
     """What Flower must know of the app: where its two ends are, and every key that a run may set with its default."""
-    config = {**dict.fromkeys(RUN_KEYS, ""), **Job().flat()}
+    config = RUN_KEYS | Job().flat()
     lines = "".join(f"{key} = {toml_scalar(value)}\n" for key, value in config.items())
     return (
         f'[project]\nname = "consilium"\nversion = "{__version__}"\n'

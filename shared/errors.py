@@ -42,7 +42,6 @@ CODES = {
     "small-cell": "a split, or a class of it, has fewer images than the site tells figures of",
     "split-forbidden": "figures were asked for of images that the site does not evaluate on",
     "bundle-refused": "the site does not know the program that the server sent, and did not run it",
-    "no-policy": "the site has written down no rules on what may leave it",
     "egress-refused": "the site’s last gate found something in the reply that may not leave",
 }
 

@@ -150,6 +150,9 @@ class Federation:
     round_timeout: float = knob(
         3600.0, "seconds after which a round goes on without the sites still missing", low=1.0, high=1e7
     )
+    start_timeout: float = knob(
+        60.0, "seconds for which the first round waits for sites that are not connected yet", low=0.0, high=1e6
+    )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class LocalGrid(Grid):
     order. ``priority`` orders federations that share the pool: lower goes first.
     """
 
+    in_order = True  # ``send_and_receive`` yields the replies one by one, in the order of the messages
+
     def __init__(
         self,
         pool: WorkerPool,

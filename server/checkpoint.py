@@ -1,0 +1,99 @@
+"""What a run needs to go on after it broke off, written after every round: ``state/`` in the run folder.
+
+    state/best-NNNNNN.safetensors    the best round's model
+    state/round-NNNNNN.safetensors   the global model after that round, and in its metadata all else
+
+The second file is renamed into place last, so a run is always after a whole round. Random numbers need no place in it:
+all of a run's are derived from the job's seed and the round, but for those of privacy, which nobody may draw again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from server.store import write_model
+from shared.errors import UserError
+
+Arrays = dict[str, Tensor]
+
+
+@dataclass
+class Best:
+    """The best round so far by the job's validation metric."""
+
+    round: int = 0
+    value: float = math.nan
+    arrays: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """A run after ``round`` rounds: its model, the best one, and ``more``, what else the loop carries on."""
+
+    round: int
+    arrays: Arrays
+    best: Best
+    more: Mapping[str, Any]
+
+
+class Checkpoint:
+    """The state of the run in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run, self.folder = folder, folder / "state"
+
+    def keep_best(self, best: Best, facts: Mapping[str, str]) -> None:
+        """Write the best model so far, also as the run's ``model.safetensors``."""
+        path = self._best(best.round)
+        write_model(path, best.arrays, facts)
+        self._link(path, "model.safetensors")
+
+    def save(self, state: State, facts: Mapping[str, str]) -> None:
+        """Write the state after a round, also as ``last.safetensors``; the one before it is then no longer needed."""
+        value = None if math.isnan(state.best.value) else state.best.value
+        carried = {"best_round": state.best.round, "best_value": value, **state.more}
+        path = self.folder / f"round-{state.round:06}.safetensors"
+        write_model(path, state.arrays, {**facts, "state": json.dumps(carried)})
+        self._link(path, "last.safetensors")
+        for other in self.folder.glob("*.safetensors"):
+            if other not in (path, self._best(state.best.round)):
+                other.unlink()
+
+    def load(self) -> State | None:
+        """The state after the last whole round; None if there was none.
+
+        Raises:
+            UserError: the files were damaged.
+        """
+        found = sorted(self.folder.glob("round-*.safetensors"))
+        if not found:
+            return None
+        try:
+            with safe_open(found[-1], "pt") as file:
+                facts = json.loads(json.loads(file.metadata()["consilium"])["state"])
+            best = Best(facts.pop("best_round"), facts.pop("best_value"))
+            best.value = math.nan if best.value is None else best.value
+            best.arrays = load_file(self._best(best.round)) if best.round else {}
+            return State(int(found[-1].stem.removeprefix("round-")), load_file(found[-1]), best, facts)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise UserError(f"{found[-1]}: the run's state cannot be read ({error}); start the run anew") from None
+
+    def _link(self, path: Path, name: str) -> None:
+        """Give a file a second name in the run folder: the same bytes, written once."""
+        link = self.run / f".{name}.writing"
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, self.run / name)
+
+    def _best(self, number: int) -> Path:
+        return self.folder / f"best-{number:06}.safetensors"

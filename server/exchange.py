@@ -1,0 +1,40 @@
+"""Sends messages to sites and hands out their replies in the order of the messages, one by one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+POLLS = 0.2, 3.0  # seconds between questions for replies: at first, and at most
+
+
+def replies(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator[Message | None]:
+    """The reply to each message, or None where none came within ``timeout`` seconds of the call.
+
+    An engine whose ``send_and_receive`` yields the replies one by one in the order asked is read as it yields. Any
+    other is asked for what is there again and again, and put in order here: sums of floats depend on it.
+    """
+    yields = grid.send_and_receive(messages, timeout=timeout) if hasattr(grid, "in_order") else None
+    if yields is not None:
+        ordered = iter(yields)
+        for _ in messages:
+            yield next(ordered, None)
+        return
+    deadline = time.monotonic() + timeout
+    names = list(grid.push_messages(messages)) if messages else []
+    missing, here = {name for name in names if name}, {}
+    wait = POLLS[0]
+    for name in [*names, *[""] * (len(messages) - len(names))]:
+        while name in missing:
+            news = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(missing)}
+            here.update(news)
+            missing -= news.keys()
+            if name in missing:
+                if time.monotonic() >= deadline:
+                    break
+                wait = POLLS[0] if news else min(wait * 1.5, POLLS[1])
+                time.sleep(min(wait, max(0.0, deadline - time.monotonic())))
+        yield here.pop(name, None)

@@ -1,0 +1,41 @@
+"""Calling the roll: who is behind the nodes, and who of them may take part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from flwr.app import ConfigRecord, Message
+
+from server.admission import Dropped, Place, admit_facts
+from shared.config import Job
+from shared.sitefile import SITE_NAME
+
+
+class Roll(NamedTuple):
+    """Who answered: those admitted, those not with the reason, and the nodes that said anything at all."""
+
+    places: list[Place]
+    dropped: list[dict[str, str]]
+    heard: set[int]
+
+
+def call(answers: Iterable[tuple[Place, Message | None]], job: Job, frozen: str, counted: int) -> Roll:
+    """Read the answers of nodes to the first query; ``frozen`` and ``counted`` as for ``admit_facts``."""
+    roll = Roll([], [], set())
+    for node, reply in answers:
+        if reply is not None and not reply.has_error():
+            roll.heard.add(node.node)
+        try:
+            roll.places.append(Place(node.node, *admit_facts(reply, job, frozen, counted)))
+        except Dropped as reason:
+            roll.dropped.append({"site": _site_name(reply) or node.name, "reason": str(reason)})
+    return roll
+
+
+def _site_name(reply: Message | None) -> str:
+    if reply is None or reply.has_error():
+        return ""
+    name = str(reply.content.config_records.get("status", ConfigRecord()).get("site", ""))
+    return name if re.fullmatch(SITE_NAME, name) else ""  # a name is all that may ride on it
