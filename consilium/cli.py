@@ -9,6 +9,7 @@ import click
 
 from consilium.cli_data import cohort, site
 from consilium.cli_log import site_log
+from consilium.cli_run import run, server
 from consilium.cli_survey import survey
 from consilium.cli_trained import audit, explain, generate, predict
 from shared import __version__
@@ -131,6 +132,8 @@ def models(task: str) -> None:
 commands.add_command(cohort)
 commands.add_command(site)
 commands.add_command(survey)
+commands.add_command(server)
+commands.add_command(run)
 commands.add_command(predict)
 commands.add_command(generate)
 commands.add_command(explain)

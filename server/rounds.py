@@ -77,7 +77,8 @@ class Run:
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
         self.counted = len(self.task.count_classes(Dataset.of(()), job))
         self.places: list[Place] = []
-        self.heard: set[int] = set()  # nodes that answered the survey, whatever they said
+        self.called: set[int] = set()  # nodes that were asked who they are
+        self.heard: set[int] = set()  # those of them that answered, whatever they said
         self.best = self.resumed.best if self.resumed else Best()
 
     def run(self) -> dict[str, Any]:
@@ -195,8 +196,7 @@ class Run:
 
     def _admit_newcomers(self, number: int) -> None:
         """Ask those who were not there before, or did not answer, who they are: from now on they take part."""
-        nodes = sorted(set(self.grid.get_node_ids()) - self.heard)
-        if nodes:
+        if nodes := sorted(set(self.grid.get_node_ids()) - self.heard):
             self._ask(nodes, True, number - 1)
 
     def _ask(self, nodes: list[int], fresh: bool, round_: int) -> list[dict[str, str]]:
@@ -208,7 +208,9 @@ class Run:
         self.heard |= heard
         self.places = sorted([*self.places, *found], key=lambda place: place.name)
         names = [place.name for place in self.places]
-        self.store.add("survey", sites=[vars(place) for place in self.places], dropped=dropped)
+        if found or not self.called.issuperset(nodes):  # who failed before and fails again is no news
+            self.store.add("survey", sites=[vars(place) for place in self.places], dropped=dropped)
+        self.called.update(nodes)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise RunFailed(f"two sites call themselves {twice!r}; give each site.toml a name of its own")
@@ -221,14 +223,11 @@ class Run:
             reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
             raise RunFailed(f"{when}, {admitted} sites are in order, {who} asks for {least} ({reasons})")
 
-    # ------------------------------------------------------------------ one round
-
     def sample(self, number: int) -> list[Place]:
         """The sites of a round: all of them, or a share drawn from the job's seed; only those with training images."""
         able = [place for place in self.places if place.images["train"]]
-        count = max(
-            math.ceil(self.job.federation.fraction * len(able) - 1e-9), min(self.job.federation.min_sites, len(able))
-        )
+        asked = self.job.federation
+        count = max(math.ceil(asked.fraction * len(able) - 1e-9), min(asked.min_sites, len(able)))
         chosen = random.Random(derived_seed(self.job.seed, "sample", number)).sample(range(len(able)), count)
         return [able[i] for i in sorted(chosen)]
 

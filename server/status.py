@@ -1,0 +1,63 @@
+"""`consilium server status`: do the server's processes answer, who is connected, how long do certificates hold?"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from server.control import Control
+from server.federation import Folder
+from server.running import EXECUTOR, SUPERLINK, state_file
+from shared.errors import UserError
+
+SOON = 30  # days
+
+
+def status(path: Path) -> tuple[list[str], bool]:
+    """The lines to show, and whether all is well.
+
+    Raises:
+        UserError: no federation was set up in ``path``.
+    """
+    folder = Folder(path.resolve())
+    federation = folder.read()
+    lines, well = _certificate(folder)
+    if not state_file(folder).exists():
+        return [f"{federation.name}: not started; consilium server start {path}", *lines], False
+    ports = json.loads(state_file(folder).read_text(encoding="utf-8"))["health"]
+    lines.insert(0, f"{federation.name}: hospitals reach it at {federation.address}")
+    for name in (SUPERLINK, EXECUTOR):
+        serving = _serving(ports[name])
+        well &= serving
+        lines.append(f"{name}: {'serving' if serving else 'does not answer; see its log in ' + str(folder.state)}")
+    try:
+        with Control(folder) as control:
+            nodes = control.nodes()
+    except UserError as error:
+        return [*lines, str(error)], False
+    for node in nodes:
+        since = f" since {node.since[:16].replace('T', ' ')} UTC" if node.since else ""
+        lines.append(f"{node.name}: {'connected' if node.online else 'not connected'}{since or ', never yet'}")
+    return lines, well
+
+
+def _certificate(folder: Folder) -> tuple[list[str], bool]:
+    certificate = x509.load_pem_x509_certificate(folder.server_cert.read_bytes())
+    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
+    advice = f"; renew it: consilium provision {folder.federation} --out {folder.path}" if days < SOON else ""
+    return [f"certificate: valid for {days} days{advice}" if days >= 0 else f"certificate: EXPIRED{advice}"], days >= 0
+
+
+def _serving(port: int) -> bool:
+    """What the gRPC health service of one of Flower's programs says (grpc.health.v1)."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
