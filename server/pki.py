@@ -216,6 +216,12 @@ def is_for(certificate: x509.Certificate, hosts: Sequence[str]) -> bool:
     return list(names) == _names(hosts)
 
 
+def common_name(certificate: x509.Certificate) -> str:
+    """The name it was made out to: here the federation's."""
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
+
+
 def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:
     """How many days from ``now`` (UTC) a certificate is still valid; negative once it has expired."""
     return (certificate.not_valid_after_utc - (now or datetime.now(UTC))) / timedelta(days=1)
@@ -285,6 +291,24 @@ def hexadecimal(digest: bytes) -> str:
 def ssh_form(digest: bytes) -> str:
     """As `ssh-keygen -l` writes it."""
     return "SHA256:" + b64encode(digest).decode().rstrip("=")
+
+
+def fingerprint(path: Path) -> tuple[bytes, str]:
+    """Digest of a certificate, or of a site's key (public or private half), and as the usual tools write it.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if b"BEGIN CERTIFICATE" in content:
+        digest = certificate_digest(read_certificate(path))
+        return digest, f"SHA-256 {hexadecimal(digest)}"
+    private = b"PRIVATE KEY" in content
+    digest = key_digest(public_line(read_private_key(path), "-") if private else read_node_pub(path))
+    return digest, ssh_form(digest)
 
 
 def words(digest: bytes) -> str:
