@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from consilium.cli_data import cohort, site
+from consilium.cli_federation import provision, site_fingerprint, site_keygen
 from consilium.cli_log import site_log
 from consilium.cli_run import run, server
 from consilium.cli_survey import survey
@@ -139,3 +140,6 @@ commands.add_command(generate)
 commands.add_command(explain)
 site.add_command(site_log)
 commands.add_command(audit)
+commands.add_command(provision)
+site.add_command(site_keygen)
+site.add_command(site_fingerprint)

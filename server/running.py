@@ -102,7 +102,7 @@ def _children(folder: Folder, port: int, nginx: str, health: dict[str, int]) -> 
         *("flower-superexec", "--runtime-api-address", address, "--root-certificates", str(folder.ca_cert)),
         *("--superexec-auth-secret-file", secret, "--health-server-address", f"127.0.0.1:{health[EXECUTOR]}"),
     ]
-    gateway = [nginx, "-p", str(folder.gateway), "-c", str(folder.nginx_conf), "-g", "daemon off;"]
+    gateway = [nginx, "-p", str(folder.gateway), "-c", str(folder.nginx_conf)]
     return [
         Child(SUPERLINK, superlink, folder.state / "superlink.log", env),
         Child(EXECUTOR, executor, folder.state / "executor.log", env),
