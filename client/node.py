@@ -35,7 +35,7 @@ TROUBLES = {
     "[code 2004]": "the server does not know this site's key, or still takes the site for connected; if it lasts for "
     "minutes, read the key's fingerprint to the coordinator (`consilium site check`)",
     "[code 2001]": "the server asks for a key this site did not give; check server.key",
-    "606": "the server runs another version of Flower; ask the coordinator which one to install",
+    "Exit Code: 606": "the server runs another version of Flower; ask the coordinator which one to install",
 }
 
 
@@ -155,7 +155,7 @@ class _Watch:
             if words in line:
                 self._once(meaning)
                 return
-        if "SuperNode activated" in line or "Connection successful" in line:
+        if "SuperNode ID:" in line or "Connection successful" in line:
             self._once("connected; waiting for work")
         elif "Connection attempt failed" in line:
             self._once("the server cannot be reached; trying again until it can")

@@ -15,14 +15,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.common.serde import context_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -30,7 +38,8 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from client.app import app, decline
 from client.bundles import Bundles
@@ -39,6 +48,7 @@ from shared.bundle import release
 from shared.errors import SiteRefusal
 
 POLL = 0.2  # seconds between questions for work, on this machine only
+PATIENCE = 5.0  # seconds for which a message's parts are waited for before asking whether another came
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -51,18 +61,26 @@ def serve(address: str, site_file: Path, secret: bytes) -> None:
     client = _client(
         address, SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE}))
     )
+
+    def next_task() -> str:
+        """The token of a task that waits; "" if none does."""
+        found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        return found.token if found.HasField("task") else ""
+
+    token = ""
     try:
         while True:
             try:
-                answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-            except httpx.HTTPError:
+                token = token or next_task()
+                if token:
+                    token, given = "", token
+                    work(address, given, site_file, next_task)
+                else:
+                    time.sleep(POLL)
+            except Superseded as later:
+                token = later.token
+            except httpx.HTTPError:  # the SuperNode is away: it will ask again, or nobody
                 time.sleep(5 * POLL)
-                continue
-            if answer.HasField("task") and answer.token:
-                with contextlib.suppress(httpx.HTTPError):  # the SuperNode went away: it will ask again, or nobody
-                    work(address, answer.token, site_file)
-            else:
-                time.sleep(POLL)
     finally:
         client.close()
 
@@ -76,26 +94,73 @@ def _client(address: str, interceptor: ProtobufClientInterceptor) -> RuntimeHttp
     )
 
 
-def work(address: str, token: str, site_file: Path) -> None:
+def work(address: str, token: str, site_file: Path, next_task: Callable[[], str]) -> None:
     """Answer the one message that ``token`` stands for.
 
     Whatever goes wrong, a reply leaves, and no text in it but fixed codes.
+
+    Raises:
+        Superseded: its message will never be there whole.
+        httpx.HTTPError: the SuperNode went away, or the run ended meanwhile.
     """
     client = _client(address, RuntimeTokenHttpInterceptor(token))
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))  # slow is not dead while this beats
     status, context = SubStatus.FAILED, None
     heartbeat.start()
     try:
-        message, context, _, fab = pull_task_input(client)
+        given = client.PullTaskInput(PullTaskInputRequest())
+        context = context_from_proto(given.context)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, context.run_id, context.node_id
         # What the site is, only the site says: nothing that came over the network names a file here.
         context.node_config = {"site": str(site_file), "home": str(site_file.parent)}
-        reply = answer(message, context, fab.content, site_file)
-        push_message(client, reply, context)
+        message = _received(client, context, next_task)
+        push_message(client, answer(message, context, given.fab.content, site_file), context)
         status = SubStatus.COMPLETED
     finally:
         push_task_output(client, context, status, "")
         heartbeat.stop()
         client.close()
+
+
+class Superseded(Exception):
+    """Another task came before this one's message was there whole; ``token`` is the other's."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__(token)
+        self.token = token
+
+
+def _received(client: RuntimeHttpClient, context: Context, next_task: Callable[[], str]) -> Message:
+    """The task's message. The SuperNode hands a task out while the message is still coming in.
+
+    It takes messages in one after another. So when it has another task, the end of this one's message is lost: its
+    run was stopped, or its server died, while it came in.
+
+    Raises:
+        Superseded: that is so.
+    """
+    (tree,) = client.PullMessages(PullAppMessagesRequest()).message_object_trees
+    node, run = Node(node_id=context.node_id), context.run_id
+    fetch, parts = make_pull_object_fn_protobuf(client.PullObject, node, run), {}
+
+    def part(name: str) -> bytes:
+        if name not in parts:
+            parts[name] = fetch(name)
+        content: bytes = parts[name]
+        return content
+
+    confirm = make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run)
+    while True:
+        try:
+            message = pull_and_inflate_object_from_tree(
+                tree, part, confirm, return_type=Message, max_time=PATIENCE, initial_backoff=0.1, backoff_cap=1.0
+            )
+        except ObjectPullError:
+            if token := next_task():
+                raise Superseded(token) from None
+        else:
+            message.metadata.__dict__["_message_id"] = tree.object_id  # what travels does not hold its own name
+            return message
 
 
 def answer(message: Message, context: Context, bundle: bytes, site_file: Path) -> Message:

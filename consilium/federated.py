@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
@@ -131,7 +132,8 @@ class Runs:
                     whole, _, _ = file.read().rpartition(b"\n")
                 read += len(whole) + 1 if whole else 0
                 for line in whole.splitlines():
-                    yield json.loads(line)
+                    with contextlib.suppress(json.JSONDecodeError):  # broken off, when the disk was full or at a crash
+                        yield json.loads(line)
             if over:
                 return
             time.sleep(POLL)
@@ -139,10 +141,12 @@ class Runs:
     def _conclude(self, name: str, job: Job, status: Status) -> int:
         folder = self.path(name)
         if (folder / "rounds.jsonl").exists():
-            scores = {"federated": run_scores(folder)}
             facts = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
-            write_json(folder / "result.json", facts | scores)
-            write_report(folder)
+            try:
+                write_json(folder / "result.json", facts | {"federated": run_scores(folder)})
+                write_report(folder)
+            except OSError as error:
+                print(f"no report: {folder} cannot be written: {error.strerror}")
         if status.outcome == "completed" and self._complete(name):
             from consilium.tables import print_result
 

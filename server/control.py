@@ -97,8 +97,7 @@ class Control:
         """All registered sites by name."""
         with self._asked():
             found = self._client.ListNodes(ListNodesRequest()).nodes_info
-        there = [node for node in found if node.status != "unregistered"]
-        return sorted(
+        there = [
             Node(
                 node.node_id,
                 node.name,
@@ -106,8 +105,10 @@ class Control:
                 node.status == "online",
                 node.last_activated_at if node.status == "online" else node.last_deactivated_at,
             )
-            for node in there
-        )
+            for node in found
+            if node.status != "unregistered"
+        ]
+        return sorted(there, key=lambda node: node.name)
 
     def register(self, name: str, public_key: bytes) -> None:
         """Let the site of that key connect from now on."""

@@ -40,9 +40,10 @@ def status(path: Path) -> tuple[list[str], bool]:
             nodes = control.nodes()
     except UserError as error:
         return [*lines, str(error)], False
+    lines.append(f"sites: {sum(node.online for node in nodes)} of {len(nodes)} connected")
     for node in nodes:
         since = f" since {node.since[:16].replace('T', ' ')} UTC" if node.since else ""
-        lines.append(f"{node.name}: {'connected' if node.online else 'not connected'}{since or ', never yet'}")
+        lines.append(f"  {node.name}: {'connected' if node.online else 'not connected'}{since or ', never yet'}")
     return lines, well
 
 

@@ -121,6 +121,10 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "rounds.jsonl"
+        if log.exists() and (text := log.read_bytes()) and not text.endswith(b"\n"):
+            with log.open("ab") as file:  # an earlier attempt broke off in the middle of a line
+                file.write(b"\n")
 
     def add(self, kind: str, **facts: Any) -> None:
         """Append an event and tell the listeners."""
