@@ -23,19 +23,22 @@ from shared.sitefile import OWN_FOLDER, Connection, read_connection, read_site
 from shared.supervise import Child, own_environment, supervise
 
 SUPERNODE, WORKER = "connection", "worker"
+FORBIDDEN = "RunNotRunningException"  # how Flower names HTTP status 403
 # What Flower's SuperNode says when it cannot join, and what a data manager is to do. The first that is found counts.
 TROUBLES = {
-    "CERTIFICATE_VERIFY_FAILED: Hostname mismatch": "the server's certificate is for another name than server.address; "
-    "ask the coordinator for the right address",
+    "Hostname mismatch": "the server's certificate is for another name than server.address; ask the coordinator for the "
+    "right address",
     "certificate has expired": "the server's certificate has expired; ask the coordinator to renew it",
     "certificate is not yet valid": "the server's certificate is not valid yet; is this machine's clock right?",
     "CERTIFICATE_VERIFY_FAILED": "the server is not the one that server.ca vouches for; do not go on, and call the "
     "coordinator",
     "WRONG_VERSION_NUMBER": "what answers at server.address does not speak TLS; ask the coordinator for the right one",
-    "[code 2004]": "the server does not know this site's key, or still takes the site for connected; if it lasts for "
-    "minutes, read the key's fingerprint to the coordinator (`consilium site check`)",
-    "[code 2001]": "the server asks for a key this site did not give; check server.key",
-    "Exit Code: 606": "the server runs another version of Flower; ask the coordinator which one to install",
+    "[code: 2004]": "the server does not know this site's key, or still takes the site for connected; if it lasts for "
+    "minutes, read the key's words to the coordinator (`consilium site check` shows them)",
+    "Client error '": "what answers at server.address is not the federation's server; ask the coordinator for the right "
+    "address",
+    FORBIDDEN: "the server, or something before it, forbids the connection; ask your network's people",
+    "Connection attempt failed": "the server cannot be reached; trying again until it can",
 }
 
 
@@ -59,7 +62,7 @@ def start(site_file: Path, say: Callable[[str], None]) -> None:
             Child(WORKER, _worker(site_file, port, secret), folder / "worker.log", _environment(folder)),
         ]
         say(f"{read_site(site_file).name}: connecting to {connection.address}; Ctrl-C ends it")
-        watch = _Watch(site_file, say)
+        watch = _Watch(site_file, say, children[0])
         supervise(children, watch.ended, watch.tick)
         say("stopped")
 
@@ -128,10 +131,11 @@ def _worker(site_file: Path, port: int, secret: Path) -> list[str]:
 class _Watch:
     """Says what happens at the site: its own log as it grows, and why a process ended."""
 
-    def __init__(self, site_file: Path, say: Callable[[str], None]) -> None:
-        self.home, self.say = site_file.parent, say
+    def __init__(self, site_file: Path, say: Callable[[str], None], supernode: Child) -> None:
+        self.home, self.say, self.supernode = site_file.parent, say, supernode
         self.read = {name: _size(self.home / path) for name, path in _LOGS.items()}
         self.said = ""
+        self.joined = False  # in the life of this SuperNode
 
     def tick(self) -> None:
         for line in self._news("site"):
@@ -154,11 +158,12 @@ class _Watch:
         for words, meaning in TROUBLES.items():
             if words in line:
                 self._once(meaning)
+                if words == FORBIDDEN and not self.joined and self.supernode.process is not None:
+                    self.supernode.process.kill()  # it hangs then, and would for ever
                 return
         if "SuperNode ID:" in line or "Connection successful" in line:
+            self.joined = True
             self._once("connected; waiting for work")
-        elif "Connection attempt failed" in line:
-            self._once("the server cannot be reached; trying again until it can")
 
     def _once(self, text: str) -> None:
         if text != self.said:
@@ -169,6 +174,14 @@ class _Watch:
         self.tick()
         if child.name == WORKER:
             write_log(self.home, f"the worker ended (status {status}) and is started again; see {_LOGS[WORKER]}")
+        elif status == 0:  # so Flower ends when the server does not accept its signature, and says nothing
+            joined, self.joined = self.joined, False
+            self._once(
+                "the coordinator has taken this site out of the federation, or this machine's clock was set"
+                if joined
+                else "the server does not accept this machine's signature: is its clock right? It may be 5 seconds ahead "
+                "and 5 minutes behind; `consilium site check` tells"
+            )
 
 
 _LOGS = {

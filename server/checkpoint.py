@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,11 @@ class Checkpoint:
             if other not in (path, self._best(state.best.round)):
                 other.unlink()
 
-    def load(self) -> State | None:
-        """The state after the last whole round; None if there was none.
+    def load(self, names: Sequence[str]) -> State | None:
+        """The state after the last whole round, its arrays in the order of ``names``; None if there was none.
 
         Raises:
-            UserError: the files were damaged.
+            UserError: the files were damaged, or are those of another model.
         """
         found = sorted(self.folder.glob("round-*.safetensors"))
         if not found:
@@ -83,8 +83,8 @@ class Checkpoint:
                 facts = json.loads(json.loads(file.metadata()["consilium"])["state"])
             best = Best(facts.pop("best_round"), facts.pop("best_value"))
             best.value = math.nan if best.value is None else best.value
-            best.arrays = load_file(self._best(best.round)) if best.round else {}
-            return State(int(found[-1].stem.removeprefix("round-")), load_file(found[-1]), best, facts)
+            best.arrays = _in_order(self._best(best.round), names) if best.round else {}
+            return State(int(found[-1].stem.removeprefix("round-")), _in_order(found[-1], names), best, facts)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{found[-1]}: the run's state cannot be read ({error}); start the run anew") from None
 
@@ -97,3 +97,11 @@ class Checkpoint:
 
     def _best(self, number: int) -> Path:
         return self.folder / f"best-{number:06}.safetensors"
+
+
+def _in_order(path: Path, names: Sequence[str]) -> Arrays:
+    """The arrays of a file as they are exchanged: safetensors keeps them in an order of its own."""
+    arrays = load_file(path)
+    if set(arrays) != set(names):
+        raise ValueError("it holds another model")
+    return {name: arrays[name] for name in names}

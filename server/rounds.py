@@ -65,12 +65,12 @@ class Run:
         self.grid, self.job, self.folder, self.heldout, self.jury = grid, job, folder, heldout, jury
         self.expected = max(expected, job.federation.min_sites)
         self.checkpoint = Checkpoint(folder)
-        self.resumed = self.checkpoint.load() if resume else None
         self.reference: Arrays = reference or {}
         self.is_reference = False
         self.task = load_task(job.task)
         self.store = Store(folder)
         self.model = self.task.build_model(job)
+        self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
