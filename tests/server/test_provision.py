@@ -376,7 +376,7 @@ def test_a_revoked_key_comes_back_under_no_name(tmp_path: Path, file: Path) -> N
 @pytest.mark.parametrize("name", ["nroth", "../sites/north", "", "."])
 def test_revoking_what_is_no_site_moves_nothing(made: Folder, name: str) -> None:
     before = content(made.path)
-    with pytest.raises(UserError, match="no such site.*there are: north, south"):
+    with pytest.raises(UserError, match=r"no such site.*there are: north, south"):
         revoke(made.path, name, now=NOW)
     assert content(made.path) == before
 
