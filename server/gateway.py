@@ -72,6 +72,7 @@ http {{
     limit_req_zone $binary_remote_addr zone=requests:4m rate={requests}r/s;
     limit_req zone=requests burst={connections};
     limit_req_status 503;
+    limit_req_log_level warn; # of those refused; of those that only waited one level less, which is not written
     limit_conn_zone $binary_remote_addr zone=connections:4m;
     limit_conn connections {connections};
     limit_conn_status 503;
