@@ -75,9 +75,10 @@ def site_fingerprint(files: tuple[Path, ...]) -> None:
     """
     from server import pki
 
-    for path in files:
+    told = [(path, *pki.fingerprint(path)) for path in files]
+    for path, digest, usual in told:
         click.echo(path)
-        _tell(*pki.fingerprint(path))
+        _tell(digest, usual)
 
 
 def _tell(digest: bytes, usual: str) -> None:

@@ -33,8 +33,7 @@ ROUTES = (
 )
 BODY_MIB = 8  # the largest request; Flower cuts arrays into pieces of 5 MiB
 REQUESTS = 200  # a second from one address; more wait their turn
-BURST = 400  # so many may wait; above that 503, on which a SuperNode tries again
-CONNECTIONS = 64  # at a time from one address
+CONNECTIONS = 64  # requests at a time from one address; above that 503, on which a SuperNode tries again
 
 _CONFIGURATION = """\
 # The gateway of the federation {name}, written by `consilium provision`; changes made here are overwritten.
@@ -71,8 +70,9 @@ http {{
 
     # 503, not 429 or 403: on 503 a SuperNode waits and tries again, on the others it gives up or forgets the run.
     limit_req_zone $binary_remote_addr zone=requests:4m rate={requests}r/s;
-    limit_req zone=requests burst={burst};
+    limit_req zone=requests burst={connections};
     limit_req_status 503;
+    limit_req_log_level warn; # of those refused; of those that only waited one level less, which is not written
     limit_conn_zone $binary_remote_addr zone=connections:4m;
     limit_conn connections {connections};
     limit_conn_status 503;
@@ -184,7 +184,6 @@ def configuration(federation: Federation) -> str:
         routes="|".join(ROUTES),
         about=json.dumps(about),  # names and versions: no quote, backslash or dollar can be in them
         requests=REQUESTS,
-        burst=BURST,
         connections=CONNECTIONS,
         body=BODY_MIB,
     )

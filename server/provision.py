@@ -79,7 +79,7 @@ def _check(federation: Federation, folder: Folder, file: Path | None, reinstate:
     out = folder.path
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
-    ours = folder.federation.exists() or folder.ca_key.exists() or folder.ca_cert.exists()
+    ours = folder.federation.exists() or folder.ca_cert.parent.is_dir()
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out {out}: holds files that are no federation of ours; name a new folder")
     if folder.ca_cert.exists():
