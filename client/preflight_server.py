@@ -8,6 +8,7 @@ certificate to say what is wrong with it; nothing is asked over it.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import json
 import socket
 import ssl
@@ -89,7 +90,7 @@ def ask(connection: Connection) -> Answer:
         with client.stream("GET", f"https://{connection.address}/consilium") as response:
             received = datetime.now(UTC).timestamp()
             tls = response.extensions["network_stream"].get_extra_info("ssl_object")
-            der = tls.getpeercert(binary_form=True) if tls else None
+            der = tls.getpeercert(True) if tls else None
             body = b""
             for piece in response.iter_raw():
                 body += piece
@@ -142,7 +143,11 @@ def _below(host: str, name: str) -> bool:
 
 
 def _is_address(word: str) -> bool:
-    return word.replace(".", "").isdigit() or ":" in word
+    try:
+        ipaddress.ip_address(word.split("/")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _without_password(proxy: str) -> str:
