@@ -144,8 +144,8 @@ def disk(cache: Path, needed: int) -> Finding:
         needed: bytes that the images take once decoded; 0 where no job says what is made of them.
     """
     title = "disk"
-    place = next(parent for parent in (cache.absolute(), *cache.absolute().parents) if parent.is_dir())
-    if not os.access(place, os.W_OK | os.X_OK):
+    place = next(parent for parent in (cache.absolute(), *cache.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return stop(
             title,
             f"{cache}: this user cannot write there",

@@ -149,12 +149,14 @@ def classes(report: Report, job: Job) -> Iterator[Finding]:
     train: Counter[str] = report.counts.get("train", Counter())
     missing = [name for name in job.classes if train and not train.get(name)]
     few = [f"{name} {train[name]}" for name in job.classes if 0 < train.get(name, 0) < FEW]
-    todo = "see whether [label_map] and the split are right; if they are, the other sites teach it"
-    if missing:
-        yield attention("classes", f"no training {what} of {', '.join(missing)}", todo)
-    if few:
-        yield attention("classes", f"fewer than {FEW} training {what} of {', '.join(few)}", todo)
-    if train and not missing and not few:
+    short = [
+        *([f"no training {what} of {', '.join(missing)}"] if missing else []),
+        *([f"fewer than {FEW} training {what} of {', '.join(few)}"] if few else []),
+    ]
+    if short:
+        todo = "see whether [label_map] and the split are right; if they are, it is for the other sites to teach it"
+        yield attention("classes", "; ".join(short), todo)
+    elif train:
         yield ok("classes", ", ".join(f"{name} {train[name]}" for name in job.classes) + f" training {what}")
     if not train:
         yield ok("labels", f"{report.images['train']} training images have what the job learns")

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives import hashes
 
 from client.preflight import Finding, Level
 from client.preflight_answer import clock
@@ -57,8 +58,6 @@ def test_a_server_as_it_should_be_is_asked_once_and_found_well(authority: Author
     assert "chest-council" in found["server"].words
     assert "364 more days" in found["server's certificate"].words
     digest = re.findall(r"([0-9A-F]{2}(?::[0-9A-F]{2}){31})", found["authority"].words)
-    from cryptography.hazmat.primitives import hashes
-
     assert bytes.fromhex(digest[0].replace(":", "")) == authority.certificate.fingerprint(hashes.SHA256())
 
 
