@@ -60,6 +60,13 @@ class Finding(NamedTuple):
         )
 
 
+def spoken(digest: bytes) -> str:
+    """A fingerprint as twelve words to compare by phone: the same that the kit's guide shows (``server.pki.words``)."""
+    from mnemonic import Mnemonic
+
+    return str(Mnemonic("english").to_mnemonic(digest[:16]))
+
+
 def ok(title: str, words: str) -> Finding:
     return Finding(Level.OK, title, words)
 

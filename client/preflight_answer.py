@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from client.preflight import Finding, attention, ok, stop
+from client.preflight import Finding, attention, ok, spoken, stop
 from shared import __version__
 
 TITLE = "server"
@@ -57,8 +57,9 @@ def authority(path: Path) -> Finding:
         is_authority = first.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (x509.ExtensionNotFound, ValueError):
         is_authority = False
-    digest = first.fingerprint(hashes.SHA256()).hex(":").upper()
-    words = f"{path} is {plain(common_name(first.subject))}, SHA-256 {digest}"
+    digest = first.fingerprint(hashes.SHA256())
+    name = plain(common_name(first.subject))
+    words = f"{path} is {name}, fingerprint “{spoken(digest)}” (SHA-256 {digest.hex(':').upper()})"
     if not is_authority:
         return attention(title, f"{words}; it says nothing of being an authority", todo)
     left = first.not_valid_after_utc - datetime.now(UTC)

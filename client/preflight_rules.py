@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from client.check import Report
 from client.policy import Policy, read_policy, require
-from client.preflight import Finding, attention, ok, stop
+from client.preflight import Finding, attention, ok, spoken, stop
 from shared.config import Job, read_toml
 from shared.errors import CODES, SiteRefusal
 from shared.tasks import TASKS
@@ -73,23 +73,22 @@ def key_file(path: Path) -> Finding:
     problem = _problem(content)
     if problem:
         return stop(title, f"{path}: {problem}", whence)
-    print_ = fingerprint(_load(content))
-    words = f"{path}, fingerprint {print_}"
-    if mode & 0o007:
+    digest = key_digest(_load(content))
+    shown = "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+    words = f"{path}, fingerprint “{spoken(digest)}” ({shown})"
+    if mode & 0o077:
         return stop(
             title,
-            f"{words}, but every user of this machine can reach it (mode {mode:04o}): each could pose as this site",
+            f"{words}, but other users of this machine can reach it (mode {mode:04o}): each could pose as this site",
             f"chmod 600 {path}; if others use this machine, {whence}",
         )
-    if mode & 0o070:
-        return attention(title, f"{words}; the file's group can reach it (mode {mode:04o})", f"chmod 600 {path}")
     return ok(title, words)
 
 
-def fingerprint(key: ec.EllipticCurvePrivateKey) -> str:
-    """The fingerprint of the public part as `ssh-keygen -lf` gives it."""
+def key_digest(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """SHA-256 of the public half, as `ssh-keygen -l` computes it."""
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    return "SHA256:" + base64.b64encode(hashlib.sha256(base64.b64decode(line.split()[1])).digest()).decode().rstrip("=")
+    return hashlib.sha256(base64.b64decode(line.split()[1])).digest()
 
 
 def _load(content: bytes) -> ec.EllipticCurvePrivateKey:

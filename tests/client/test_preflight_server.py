@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from client.preflight import Finding, Level
 from client.preflight_answer import clock
 from client.preflight_server import proxy_for, server
+from server.pki import words
 from shared.sitefile import Connection
 from tests.client.gateway import DAY, FACTS, Authority, Server, serving
 
@@ -56,6 +57,7 @@ def test_a_server_as_it_should_be_is_asked_once_and_found_well(authority: Author
     }  # fmt: skip
     assert good.asked == ["GET /consilium"]
     assert "chest-council" in found["server"].words
+    assert words(authority.certificate.fingerprint(hashes.SHA256())) in found["authority"].words
     assert "364 more days" in found["server's certificate"].words
     digest = re.findall(r"([0-9A-F]{2}(?::[0-9A-F]{2}){31})", found["authority"].words)
     assert bytes.fromhex(digest[0].replace(":", "")) == authority.certificate.fingerprint(hashes.SHA256())
