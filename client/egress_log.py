@@ -138,6 +138,8 @@ def _end(file: IO[bytes], folder: Path) -> Head:
         if fault:
             raise BrokenLog(f"{LOG} line {head.lines + 1} {fault}")
         head = Head(head.lines + 1, head.bytes + len(line) + 1, entry["sha256"])
+    if lines:  # at once: killed again before the next note, the log would be two lines ahead of it
+        _write_head(folder, head)
     if torn:
         with (folder / TORN).open("ab") as aside:
             aside.write(torn + b"\n")
