@@ -52,7 +52,8 @@ max_update_norm = 0.0
     ("facts", "device", "level", "words"),
     [
         (GpuFacts("13.2", "", False), "auto", ATTENTION, "training on the processor works, slower"),
-        (GpuFacts("13.2", "", False), "cpu", ATTENTION, "none found"),
+        (GpuFacts("13.2", "", False), "cpu", OK, "not asked for"),
+        (GpuFacts("13.2", "550", True, "", "no kernel image", CARD, 2**40), "cpu", OK, "not asked for"),
         (GpuFacts("13.2", "", False), "cuda:0", STOP, "the job asks for cuda:0"),
         (GpuFacts(None, "NVRM version: 550", False), "auto", ATTENTION, "built without CUDA"),
         (
