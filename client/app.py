@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from client import secure
 from client.counts import require_cells, survey_counts, training_figures
 from client.egress import Asked, Refused, records, release
+from client.egress_log import ASKED
 from client.private_round import train_on_budget
 from client.survey import statistics
 from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, run_name, write_log
@@ -40,38 +41,34 @@ def _answer(message: Message, context: Context, answer: Answer, kind: str = "") 
     """
     started = time.monotonic()
     content, asked, code = RecordDict(), None, ""
+    kind = kind or message.metadata.message_type
+    _log(context, f"came: {_request(kind, message, context)}")
     try:
         job = _job(message, context)
         workspace = open_workspace(context.node_config, context.run_config, job)
         asked = Asked(job, workspace, message.content)
         content = answer(message, context, job, workspace)
-        write_log(
-            workspace.home,
-            f"{message.metadata.message_type} round {_round(message)}: done in {time.monotonic() - started:.2f} s",
-        )
+        _log(context, f"done in {time.monotonic() - started:.2f} s")
     except SiteRefusal as refusal:
         code = refusal.code
-        _log_failure(context, f"declined ({code}): {refusal}")
+        _log(context, f"declined ({code}): {refusal}")
     except UserError as error:
         code = "bad-configuration"
-        _log_failure(context, f"declined ({code}): {error}")
+        _log(context, f"declined ({code}): {error}")
     except Refused as refusal:
         code = "egress-refused"
-        _log_failure(context, f"nothing leaves ({code}): {refusal}")
+        _log(context, f"nothing leaves ({code}): {refusal}")
     except Exception:
         code = "internal-error"
-        _log_failure(context, f"failed ({code})\n{traceback.format_exc()}")
-    return Message(
-        release(
-            kind or message.metadata.message_type, RecordDict() if code else content, code, message, context, asked
-        ),
-        reply_to=message,
-    )
+        _log(context, f"failed ({code})\n{traceback.format_exc()}")
+    content = RecordDict() if code else content
+    return Message(release(kind, content, code, message, context, asked, time.monotonic() - started), reply_to=message)
 
 
 def decline(message: Message, context: Context, refusal: SiteRefusal) -> Message:
     """The reply of a site that does not come to running anything."""
-    _log_failure(context, f"declined ({refusal.code}): {refusal}")
+    _log(context, f"came: {_request(message.metadata.message_type, message, context)}")
+    _log(context, f"declined ({refusal.code}): {refusal}")
     content = release(message.metadata.message_type, RecordDict(), refusal.code, message, context, None)
     return Message(content, reply_to=message)
 
@@ -89,7 +86,15 @@ def _round(message: Message) -> int:
     return int(message.content["config"].get("round", 0))  # type: ignore[arg-type]
 
 
-def _log_failure(context: Context, text: str) -> None:
+def _request(kind: str, message: Message, context: Context) -> str:
+    """What the server asks for, in words, for the site's own log."""
+    config = message.content.config_records.get("config", ConfigRecord())
+    name = "".join(letter for letter in str(context.run_config.get("name", "")) if letter.isprintable())
+    round_ = config.get("round", 0)
+    return f"run {context.run_id}, job {name[:64]}, round {round_!r}: {ASKED.get(kind, kind)}"
+
+
+def _log(context: Context, text: str) -> None:
     with contextlib.suppress(Exception):  # a site that cannot even write its log must still answer
         write_log(find_sites(context.node_config, context.run_config)[1], text)
 

@@ -37,7 +37,8 @@ class Unreadable(NamedTuple):
 class Report:
     """What the check found; ``refused`` holds the reason if the site is not fit.
 
-    ``dropped`` counts, by image, the boxes that nothing can be learnt of.
+    ``dropped`` counts, by image, the boxes that nothing can be learnt of; ``patients`` are those with a training image;
+    ``decoded`` are the bytes that the images take in the cache, 0 where no job says what is made of them.
     """
 
     where: str
@@ -49,6 +50,8 @@ class Report:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     refused: str = ""
     labels: bool = False
+    patients: int = 0
+    decoded: int = 0
 
     @property
     def fit(self) -> bool:
@@ -57,6 +60,13 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The report as a data manager reads it."""
+        yield from self.details()
+        if not self.labels and not self.refused:
+            yield "  labels were not looked at; add --job JOB.toml to check them"
+        yield f"REFUSED: {self.refused}" if self.refused else "FIT to join"
+
+    def details(self) -> Iterator[str]:
+        """The report without what follows from it."""
         yield f"{self.where}: {self.read + len(self.unreadable)} files looked at, {self.read} images can be read"
         for case, times in Counter(self.unreadable).items():  # a film is looked at once for each annotated frame
             yield f"  cannot be read: {explained(*case, self.root)}" + (f" ({times} times)" if times > 1 else "")
@@ -66,9 +76,6 @@ class Report:
         for split, counter in self.counts.items():
             listed = ", ".join(f"{name} {number}" for name, number in counter.items())
             yield f"  {split}: {self.images[split]} images{f' ({listed})' if listed else ''}"
-        if not self.labels and not self.refused:
-            yield "  labels were not looked at; add --job JOB.toml to check them"
-        yield f"REFUSED: {self.refused}" if self.refused else "FIT to join"
 
 
 def check_site(file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None) -> Report:
@@ -111,6 +118,7 @@ def _labelled(report: Report, site: SiteData, job: Job) -> None:
     except SiteRefusal as refusal:
         report.refused = str(refusal)
         return
+    report.patients = len({sample.patient for sample in good if sample.split == "train"})
     for split in SPLITS:
         report.images[split] = sum(sample.split == split for sample in good)
         counter = Counter(dict.fromkeys(job.classes, 0))
@@ -132,6 +140,7 @@ def _read_all(
             report.unreadable.append(Unreadable(sample.path, error.code, error.detail))
             continue
         report.read += 1
+        report.decoded += sum(int(column.nbytes) for column in columns.values())
         good.append(sample)
         if "dropped" in columns and columns["dropped"].sum():
             report.dropped[sample.path] += int(columns["dropped"].sum())

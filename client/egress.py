@@ -75,7 +75,13 @@ Check = Callable[[Any, Asked], Record]
 
 
 def release(
-    kind: str, content: RecordDict, code: str, message: Message, context: Context, asked: Asked | None
+    kind: str,
+    content: RecordDict,
+    code: str,
+    message: Message,
+    context: Context,
+    asked: Asked | None,
+    seconds: float = 0.0,
 ) -> RecordDict:
     """What may leave of a reply, after a line in the site's log says so. Never raises.
 
@@ -84,13 +90,14 @@ def release(
         content: the reply without its status; empty if the site declines.
         code: why the site declines, or "".
         asked: None if the site declines because it came to no job and no data.
+        seconds: how long the site worked, for the log.
     """
     name, home = "", None
     with contextlib.suppress(Exception):  # without a site file there is neither a name nor a place for a log
         name, home, _ = find_sites(context.node_config, context.run_config)
     try:
         out = checked(kind, content, code, name, asked)
-        note(out, kind, message, context, home)
+        note(out, kind, message, context, home, seconds)
         return out
     except Exception as problem:
         reason = str(problem) if isinstance(problem, Refused | egress_log.BrokenLog) else repr(problem)
@@ -100,7 +107,7 @@ def release(
         if home:
             write_log(home, f"{kind}: nothing left ({code}): {reason}")
     with contextlib.suppress(Exception):
-        note(bare, kind, message, context, home)
+        note(bare, kind, message, context, home, seconds)
     return bare
 
 

@@ -18,10 +18,15 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 _named: set[tuple[Path, int, str]] = set()  # lists of names that this process has written out, by site and run
 
 
-def note(out: RecordDict, kind: str, message: Message, context: Context, home: Path | None) -> None:
-    """Write one line of what is about to leave; a site that has no folder has no log.
+def note(
+    out: RecordDict, kind: str, message: Message, context: Context, home: Path | None, seconds: float = 0.0
+) -> None:
+    """Write one line of what was asked and is about to leave; a site that has no folder has no log.
 
     The names in a record are listed once in a run (by each process that serves it), then their digest stands for them.
+
+    Args:
+        seconds: how long the site worked on it.
 
     Raises:
         egress_log.BrokenLog, OSError: it cannot be written.
@@ -40,12 +45,16 @@ def note(out: RecordDict, kind: str, message: Message, context: Context, home: P
         records[name] = {"names": digest, "count": len(parts), "bytes": size}
         if (home, context.run_id, digest) not in _named:
             records[name]["list"] = parts
-    status, round_ = out["status"], message.content.config_records.get("config", ConfigRecord()).get("round", 0)
+    status, asked = out["status"], message.content.config_records.get("config", ConfigRecord())
+    round_ = asked.get("round", 0)
     entry = {
         "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "run": str(context.run_id),
+        "job": _word(context.run_config.get("name")),
         "round": round_ if isinstance(round_, int) else 0,
         "kind": kind,
+        "split": _word(asked.get("split")),
+        "seconds": round(seconds, 2),
         "site": status["site"],
         "declined": status["code"],
         "bytes": sum(facts["bytes"] for facts in records.values()),
@@ -55,6 +64,11 @@ def note(out: RecordDict, kind: str, message: Message, context: Context, home: P
     }
     egress_log.append(home, entry)
     _named.update((home, context.run_id, facts["names"]) for facts in records.values())
+
+
+def _word(value: object) -> str:
+    """A word of the server's, as far as it goes into the log."""
+    return value[:64] if isinstance(value, str) else ""
 
 
 def _parts(record: Record) -> list[str]:

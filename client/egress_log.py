@@ -32,6 +32,27 @@ except ImportError:  # Windows has no such locks: there one process at a time ma
 LOG, HEAD, TORN = "egress.log", "egress.head", "egress.torn"
 FIRST = "0" * 64
 Entry = dict[str, Any]
+# Each kind of message in plain words: what the server asks for, and what leaves if the site does not decline.
+ASKED = {
+    "query": "how many images are there",
+    "query.survey": "what do the images look like",
+    "train": "train the model",
+    "evaluate": "test the model",
+    "train.keys": "make keys to mask with",
+    "train.shares": "seal shares of the keys",
+    "train.masked": "train the model, send it masked",
+    "train.unmask": "open shares of the keys",
+}
+LEFT = {
+    "query": "counts of images",
+    "query.survey": "counts and grey values of images",
+    "train": "trained model",
+    "evaluate": "sums over images",
+    "train.keys": "public keys",
+    "train.shares": "sealed shares of keys",
+    "train.masked": "trained model under masks",
+    "train.unmask": "open shares of keys",
+}
 
 
 class BrokenLog(Exception):
@@ -117,6 +138,8 @@ def _end(file: IO[bytes], folder: Path) -> Head:
         if fault:
             raise BrokenLog(f"{LOG} line {head.lines + 1} {fault}")
         head = Head(head.lines + 1, head.bytes + len(line) + 1, entry["sha256"])
+    if lines:  # at once: killed again before the next note, the log would be two lines ahead of it
+        _write_head(folder, head)
     if torn:
         with (folder / TORN).open("ab") as aside:
             aside.write(torn + b"\n")

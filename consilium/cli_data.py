@@ -65,17 +65,44 @@ def site() -> None:
 @click.option(
     "--limit", type=float, help="Largest share of unreadable files that is still fit.  [default: site.toml's, or 0.05]"
 )
-def site_check(file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None) -> None:
-    """Read every image of a site and say whether it is fit to join: nothing is sent anywhere.
+@click.option("--offline", is_flag=True, help="Do not ask the server of site.toml's [server].")
+def site_check(
+    file: Path | None, data: Path | None, form: str, job_file: Path | None, limit: float | None, offline: bool
+) -> None:
+    """Look at all that a site needs to join: images, privacy rules, machine, key, the way to the server.
 
-    FILE is a site.toml. Exit code 0: fit. Exit code 1: refused, and why. Exit code 2: the question was wrong.
+    FILE is a site.toml. Each line begins with OK, ATTENTION or STOP, and the latter two say what to do. Every image is
+    read; nothing of it is sent. The server of [server], if there is one, is asked for its name and version.
+
+    Exit code 0: fit. Exit code 1: refused, and why. Exit code 2: the question was wrong.
     """
     from client.check import check_site
 
+    if file is None:
+        report = check_site(file, data, form, job_file, limit)
+        for line in report.lines():
+            click.echo(line)
+        sys.exit(0 if report.fit else 1)
+    from client.preflight import Finding, Level, after, before, verdict
+    from shared.config import load_job
+
+    found: list[Finding] = []
+
+    def show(finding: Finding) -> None:
+        found.append(finding)
+        for line in finding.styled():
+            click.echo(line)
+
+    job = load_job(job_file) if job_file else None
+    for finding in before(file, job, offline):
+        show(finding)
     report = check_site(file, data, form, job_file, limit)
-    for line in report.lines():
+    for line in report.details():
         click.echo(line)
-    sys.exit(0 if report.fit else 1)
+    for finding in after(report, file, job):
+        show(finding)
+    click.echo(verdict(found, report.refused))
+    sys.exit(1 if report.refused or any(finding.level is Level.STOP for finding in found) else 0)
 
 
 @site.command("budget")

@@ -1,45 +1,48 @@
-"""`consilium site log`: what left a site, and whether the log of it is as it was written."""
+"""`consilium site log`: what came to a site, ran and left, and whether the log of it is as it was written."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import click
 
-from client.egress_log import HEAD, LOG, Entry, verify
+from client.egress_log import ASKED, HEAD, LEFT, LOG, Entry, Verdict, verify
 from shared.errors import CODES, UserError
 from shared.sitefile import OWN_FOLDER
-
-_WORDS = {
-    "query": "counts of images",
-    "query.survey": "counts and grey values of images",
-    "train": "trained model",
-    "evaluate": "sums over images",
-}
 
 
 @click.command("log")
 @click.argument("file", type=Path)
 @click.option("--run", help="Only this run.")
 @click.option("--last", type=click.IntRange(1), metavar="N", help="Only the last N replies.")
-@click.option("--names", is_flag=True, help="List the names, shapes and kinds of numbers, too.")
+@click.option("--names", is_flag=True, help="List SHA-256, and the names, shapes and kinds of numbers, too.")
 @click.option("--verify", "only_verify", is_flag=True, help="Say whether the log is as it was written, and no more.")
-def site_log(file: Path, run: str | None, last: int | None, names: bool, only_verify: bool) -> None:
-    """Show what left a site: when, for which run and round, what, how many bytes, and epsilon.
+@click.option("--follow", is_flag=True, help="Go on showing what comes, runs and leaves, until Ctrl-C.")
+def site_log(file: Path, run: str | None, last: int | None, names: bool, only_verify: bool, follow: bool) -> None:
+    """Show what came to a site, what ran and what left: when, for which run and round, bytes and epsilon.
 
     FILE is the site.toml, or the site's folder (in a simulation OUT/sites/NAME). With --verify the exit code is 1 if a
     line was changed, dropped or moved, and the line is named.
     """
     home = file if file.is_dir() else file.parent
     path = home / OWN_FOLDER / LOG
+    news = _News(home) if follow else None  # before reading, so that nothing falls in between
     try:
         verdict = verify(home)
     except OSError:
-        raise UserError(
-            f"{path}: no such log; nothing has left this site, or its node keeps its files elsewhere: name that folder"
-        ) from None
+        if not news or not home.is_dir():
+            raise UserError(
+                f"{path}: no such log; nothing has left this site, or its node keeps its files elsewhere: name that "
+                "folder"
+            ) from None
+        verdict = Verdict()
     for remark in verdict.remarks:
         click.echo(f"{path}: {remark}")
     for fault in verdict.faults:
@@ -51,9 +54,13 @@ def site_log(file: Path, run: str | None, last: int | None, names: bool, only_ve
             click.echo(f"Lines missing at the end show only against {HEAD} beside it: keep a copy elsewhere.")
         sys.exit(1 if verdict.faults else 0)
     entries = [entry for entry in verdict.entries if entry and (run is None or entry["run"] == run)]
-    _print(entries[-last:] if last else entries)
+    shown = entries[-last:] if last else entries
+    _print(shown)
+    _summary(shown, home, whole=len(shown) == len(verdict.entries))
     if names:
-        _print_names(entries[-last:] if last else entries, verdict.entries)
+        _print_names(shown, verdict.entries)
+    if news:
+        news.show(run)
 
 
 def _print(entries: list[Entry]) -> None:
@@ -62,32 +69,106 @@ def _print(entries: list[Entry]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("line", "when (UTC)", "run", "round"):
-        table.add_column(head, no_wrap=True)
-    table.add_column("what left", min_width=22)
-    for head in ("bytes", "SHA-256", "epsilon"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for entry in entries:
-        epsilon = "" if entry["epsilon"] is None else f"{entry['epsilon']:.3g}"
-        when = str(entry["time"]).replace("T", " ").rstrip("Z")
-        cells = (str(entry["n"]), when, str(entry["run"]), str(entry["round"]), _what(entry))
-        table.add_row(*map(escape, cells), f"{entry['bytes']:,}", escape(str(entry["content"])[:8]), epsilon)
-    console = Console()
-    console.print(table)
+    # Where no terminal says how wide it is, as wide as the table wants.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 118)
+    for (run, job), group in groupby(entries, key=lambda entry: (_plain(entry["run"]), _plain(entry.get("job", "")))):
+        own = list(group)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0), title_justify="left")
+        table.title = escape(f"run {run}" + (f", job {job}" if job else ""))
+        for head in ("line", "when (UTC)", "round"):
+            table.add_column(head, no_wrap=True)
+        table.add_column("what came", min_width=10)
+        table.add_column("ran for", justify="right", no_wrap=True)
+        table.add_column("what left", min_width=10)
+        for head in ("bytes", "epsilon"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for entry in own:
+            epsilon = "" if entry["epsilon"] is None else f"{entry['epsilon']:.3g}"
+            took = f"{entry['seconds']:.1f} s" if entry.get("seconds") else ""
+            cells = (str(entry["n"]), _when(entry), str(entry["round"]), _came(entry), took, _left(entry))
+            table.add_row(*map(escape, cells), f"{entry['bytes']:,}", epsilon)
+        console.print(table)
+
+
+def _summary(entries: list[Entry], home: Path, whole: bool) -> None:
+    """All of it in a sentence."""
     total = sum(entry["bytes"] for entry in entries)
-    console.print(
-        f"{len(entries)} replies, {total:,} bytes; --names lists what was in them, --verify checks the log",
-        highlight=False,
-    )
+    declined = sum(bool(entry["declined"]) for entry in entries)
+    kinds = Counter(LEFT.get(entry["kind"], _plain(entry["kind"])) for entry in entries if not entry["declined"])
+    listed = ", ".join(f"{number} × {kind}" for kind, number in kinds.items())
+    rest = ". Nothing else left." if whole else ""
+    click.echo(f"{len(entries)} replies, {total:,} bytes{f': {listed}' if listed else ''}{rest}")
+    if declined:
+        click.echo(
+            f"{declined} declined: only a code left; why stands in {home / 'site.log'}, which may name files and "
+            "patients and is for this site alone"
+        )
+    click.echo("--names lists what was in them, --verify checks the log, --follow goes on")
 
 
-def _what(entry: Entry) -> str:
-    """A line in words."""
+def _when(entry: Entry) -> str:
+    return _plain(entry["time"]).replace("T", " ").rstrip("Z")
+
+
+def _came(entry: Entry) -> str:
+    """What the server asked for."""
+    split = {"val": " on validation images", "test": " on test images"}.get(str(entry.get("split", "")), "")
+    return ASKED.get(entry["kind"], _plain(entry["kind"])) + split
+
+
+def _left(entry: Entry) -> str:
+    """What left, or why nothing did."""
     if entry["declined"]:
-        code = str(entry["declined"])
+        code = _plain(entry["declined"])
         return f"nothing but the code {code}: {CODES.get(code, 'unknown code')}"
-    return _WORDS.get(entry["kind"], str(entry["kind"]))
+    return LEFT.get(entry["kind"], _plain(entry["kind"]))
+
+
+def _plain(text: object) -> str:
+    """A word that a server sent, without what a terminal would act on."""
+    return "".join(letter for letter in str(text) if letter.isprintable())
+
+
+class _News:
+    """What is appended to a site's two logs from now on: site.log says what came and ran, egress.log what left."""
+
+    def __init__(self, home: Path) -> None:
+        self.files = (home / "site.log", home / OWN_FOLDER / LOG)
+        self.read = {path: path.stat().st_size if path.exists() else 0 for path in self.files}
+
+    def show(self, run: str | None) -> None:
+        """Print new lines as they come, until Ctrl-C."""
+        click.echo("following; Ctrl-C ends it")
+        while True:
+            for path in self.files:
+                for line in self._lines(path):
+                    if path.name == LOG:
+                        self._say(line, run)
+                    else:
+                        click.echo(_plain(line))
+            time.sleep(0.5)
+
+    def _lines(self, path: Path) -> list[str]:
+        """The whole lines that a file has grown by; one that was made anew is read from its beginning."""
+        try:
+            if path.stat().st_size < self.read[path]:
+                self.read[path] = 0
+            with path.open("rb") as file:
+                file.seek(self.read[path])
+                whole, _, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self.read[path] += len(whole) + 1 if whole else 0
+        return whole.decode("utf-8", "replace").splitlines()
+
+    def _say(self, line: str, run: str | None) -> None:
+        try:
+            entry = json.loads(line)
+            if run in (None, entry["run"]):
+                where = f"run {_plain(entry['run'])}, round {entry['round']}"
+                click.echo(f"{_when(entry)} left: {where}: {_left(entry)}, {entry['bytes']:,} bytes")
+        except (ValueError, KeyError, TypeError):
+            click.echo(f"BROKEN: a line of {LOG} cannot be read; see --verify")
 
 
 def _print_names(entries: list[Entry], whole: list[Entry]) -> None:
@@ -96,6 +177,8 @@ def _print_names(entries: list[Entry], whole: list[Entry]) -> None:
     for entry in whole:
         for facts in entry.get("records", {}).values():
             lists.setdefault(facts["names"], facts.get("list", []))
+    for entry in entries:
+        click.echo(f"line {entry['n']}: SHA-256 of what left {entry['content']}")
     shown: dict[tuple[str, str], Any] = {}
     for entry in entries:
         for name, facts in entry["records"].items():

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client import egress_log
 from client.egress_log import HEAD, LOG, TORN, BrokenLog, append, verify
 from shared.sitefile import OWN_FOLDER
 
@@ -134,6 +135,27 @@ def test_a_line_that_the_note_lacks_is_taken_into_account(tmp_path: Path) -> Non
     append(tmp_path, {"kind": "query"})
     assert verify(tmp_path).faults == []
     assert len(verify(tmp_path).entries) == 8
+
+
+def test_killed_twice_before_the_first_note_the_log_is_still_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path := filled(tmp_path, 1)).with_name(HEAD).unlink()  # killed after the first line, before its note
+    write_note = egress_log._write_head
+
+    def killed(folder: Path, head: egress_log.Head) -> None:
+        if head.lines == 2:
+            raise KeyboardInterrupt
+        write_note(folder, head)
+
+    monkeypatch.setattr(egress_log, "_write_head", killed)
+    with pytest.raises(KeyboardInterrupt):
+        append(tmp_path, {"kind": "query"})
+    monkeypatch.undo()
+    assert path.read_bytes().count(b"\n") == 2
+    assert verify(tmp_path).faults == []
+    append(tmp_path, {"kind": "query"})
+    assert verify(tmp_path).faults == []
 
 
 def write_on(home: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 import pytest
 from click.testing import CliRunner, Result
 
-from client.egress_log import append
+from client.egress_log import ASKED, LEFT, append
 from consilium.cli import commands
 from shared.sitefile import OWN_FOLDER
 
@@ -20,8 +26,11 @@ def entry(
     return {
         "time": f"2026-03-0{round_}T10:20:30Z",
         "run": run,
+        "job": "chest",
         "round": round_,
         "kind": kind,
+        "split": "test" if kind == "evaluate" else "",
+        "seconds": 12.34 * (kind == "train"),
         "site": "north",
         "declined": declined,
         "bytes": 1234 * round_,
@@ -55,12 +64,74 @@ def lines_of(result: Result, word: str) -> list[str]:
 def test_every_reply_is_a_line_in_words(home: Path) -> None:
     done = log(str(home / "site.toml"))
     assert done.exit_code == 0
-    assert lines_of(done, "2026-03-02 10:20:30")[0].split() == [
-        *("2", "2026-03-02", "10:20:30", "7", "2", "trained", "model", "2,468", "abababab", "1.23")
-    ]
+    words = " ".join(lines_of(done, "2026-03-02 10:20:30")[0].split())
+    assert words == "2 2026-03-02 10:20:30 2 train the model 12.3 s trained model 2,468 1.23"
+    assert "test the model on test images" in " ".join(done.output.split())
     assert "sums over images" in lines_of(done, "2026-03-04")[0]
     assert "too-few-patients" in done.output
-    assert "4 replies, 12,340 bytes" in done.output
+    assert [line.strip() for line in lines_of(done, ", job ")] == ["run 7, job chest", "run 8, job chest"]
+
+
+def test_the_sum_of_it_is_a_sentence_that_says_where_the_reasons_are(home: Path) -> None:
+    done = log(str(home / "site.toml"))
+    assert "4 replies, 12,340 bytes: 2 × trained model, 1 × sums over images. Nothing else left." in done.output
+    assert f"1 declined: only a code left; why stands in {home / 'site.log'}" in done.output
+    part = log(str(home / "site.toml"), "--run", "8").output
+    assert "declined" not in part
+    assert "Nothing else left" not in part
+
+
+def test_a_narrow_terminal_loses_no_column(home: Path) -> None:
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(commands, ["site", "log", str(home)])
+    assert "1.23" in lines_of(done, "2026-03-02 10:20:30")[0]
+    assert "2,468" in lines_of(done, "2026-03-02 10:20:30")[0]
+
+
+def test_every_kind_of_message_has_its_words() -> None:
+    from client.egress import KINDS
+
+    assert set(ASKED) == set(LEFT) == set(KINDS)
+
+
+def test_lines_of_an_older_version_are_shown_without_what_they_lack(tmp_path: Path) -> None:
+    old = {key: value for key, value in entry("7", 1).items() if key not in ("job", "split", "seconds")}
+    append(tmp_path, old)
+    done = log(str(tmp_path))
+    assert done.exit_code == 0
+    assert "trained model" in done.output
+    assert "job" not in done.output.splitlines()[0]
+
+
+def test_what_a_server_names_its_job_cannot_play_tricks_on_the_terminal(tmp_path: Path) -> None:
+    append(tmp_path, entry("7", 1) | {"job": "\x1b[2J[bold]x\n"})
+    done = log(str(tmp_path))
+    assert "\x1b" not in done.output
+    assert "job [2J[bold]x" in done.output
+
+
+def test_follow_shows_what_comes_and_leaves_as_it_happens(tmp_path: Path) -> None:
+    (tmp_path / "site.log").write_text("before\n")
+    command = [sys.executable, "-m", "consilium", "site", "log", str(tmp_path), "--follow"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        lines: Queue[str] = Queue()
+        Thread(target=lambda: [lines.put(line) for line in process.stdout or ()], daemon=True).start()
+        heard = [lines.get(timeout=60)]
+        while "following" not in heard[-1]:
+            heard.append(lines.get(timeout=60))
+        with (tmp_path / "site.log").open("a") as file:
+            file.write("2026-03-01 10:20:30 came: run 7\n2026-03-01 half a li")
+        assert lines.get(timeout=60) == "2026-03-01 10:20:30 came: run 7\n"
+        append(tmp_path, entry("7", 1))
+        assert lines.get(timeout=60) == "2026-03-01 10:20:30 left: run 7, round 1: trained model, 1,234 bytes\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert not any("before" in line for line in heard)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_run_or_the_last_replies_can_be_picked(home: Path) -> None:
