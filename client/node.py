@@ -26,8 +26,8 @@ SUPERNODE, WORKER = "connection", "worker"
 FORBIDDEN = "RunNotRunningException"  # how Flower names HTTP status 403
 # What Flower's SuperNode says when it cannot join, and what a data manager is to do. The first that is found counts.
 TROUBLES = {
-    "Hostname mismatch": "the server's certificate is for another name than server.address; ask the coordinator for the "
-    "right address",
+    "Hostname mismatch": "the server's certificate is for another name than server.address; ask the coordinator for "
+    "the right address",
     "certificate has expired": "the server's certificate has expired; ask the coordinator to renew it",
     "certificate is not yet valid": "the server's certificate is not valid yet; is this machine's clock right?",
     "CERTIFICATE_VERIFY_FAILED": "the server is not the one that server.ca vouches for; do not go on, and call the "
@@ -35,8 +35,8 @@ TROUBLES = {
     "WRONG_VERSION_NUMBER": "what answers at server.address does not speak TLS; ask the coordinator for the right one",
     "[code: 2004]": "the server does not know this site's key, or still takes the site for connected; if it lasts for "
     "minutes, read the key's words to the coordinator (`consilium site check` shows them)",
-    "Client error '": "what answers at server.address is not the federation's server; ask the coordinator for the right "
-    "address",
+    "Client error '": "what answers at server.address is not the federation's server; ask the coordinator for the "
+    "right address",
     FORBIDDEN: "the server, or something before it, forbids the connection; ask your network's people",
     "Connection attempt failed": "the server cannot be reached; trying again until it can",
 }
@@ -179,8 +179,8 @@ class _Watch:
             self._once(
                 "the coordinator has taken this site out of the federation, or this machine's clock was set"
                 if joined
-                else "the server does not accept this machine's signature: is its clock right? It may be 5 seconds ahead "
-                "and 5 minutes behind; `consilium site check` tells"
+                else "the server does not accept this machine's signature: is its clock right? It may be 5 seconds "
+                "ahead and 5 minutes behind; `consilium site check` tells"
             )
 
 
