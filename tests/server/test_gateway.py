@@ -438,6 +438,61 @@ def test_neither_its_log_nor_its_command_line_holds_a_secret(live: Gateway) -> N
     assert b"pull-messages" not in log.read_bytes()[before:]
 
 
+class Tunnel(BaseHTTPRequestHandler):
+    """A hospital's proxy: CONNECT, and bytes to and fro."""
+
+    server: Upstream
+
+    def do_CONNECT(self) -> None:
+        self.server.seen.append((self.command, self.path))
+        host, port = self.path.rsplit(":", 1)
+        with socket.create_connection((host, int(port)), 30) as there:
+            self.send_response(200)
+            self.end_headers()
+            back = threading.Thread(target=self._pass, args=(there, self.connection), daemon=True)
+            back.start()
+            self._pass(self.connection, there)
+            back.join(30)
+
+    @staticmethod
+    def _pass(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def log_message(self, *words: object) -> None:
+        """Nothing on the screen."""
+
+
+def test_flowers_client_passes_through_a_proxy_that_tunnels(live: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    from flwr.proto.run_pb2 import GetRunRequest
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    proxy = Upstream(("127.0.0.1", 0), Tunnel)
+    proxy.seen = []
+    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_address[1]}")
+    for name in ("NO_PROXY", "no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        address, ca = f"localhost:{live.port}", live.folder.ca_cert.read_bytes()
+        with (
+            FleetHttpClient.from_server_address(address, False, ca, interceptors=[]) as client,
+            pytest.raises((httpx.HTTPError, ValueError)),  # the stand-in for SuperLink speaks no protobuf
+        ):
+            client.GetRun(GetRunRequest(run_id=1))
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        thread.join(30)
+    assert proxy.seen == [("CONNECT", f"localhost:{live.port}")]
+    assert live.upstream.seen == [("POST", "/v1/fleet/get-run")]
+
+
 def test_without_nginx_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, live: Gateway) -> None:
     from shared.errors import UserError
 
