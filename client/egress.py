@@ -42,20 +42,8 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 
 
 # By name of kind and size, so that neither another byte order nor an object is one of them.
-_DTYPES = {
-    torch.empty(0, dtype=kind).numpy().dtype: kind
-    for kind in (
-        torch.float16,
-        torch.float32,
-        torch.float64,
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.bool,
-    )
-}
+_FLOATS, _WHOLE = (torch.float16, torch.float32, torch.float64), (torch.uint8, torch.int8, torch.int16, torch.int32)
+_DTYPES = {torch.empty(0, dtype=kind).numpy().dtype: kind for kind in (*_FLOATS, *_WHOLE, torch.int64, torch.bool)}
 
 
 class Refused(Exception):

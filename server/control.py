@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -25,6 +27,7 @@ from flwr.proto.control_pb2 import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from server.federation import Folder
 from shared.bundle import release
@@ -37,7 +40,7 @@ class Node(NamedTuple):
 
     id: int
     name: str
-    key: bytes  # OpenSSH public key
+    key: bytes  # public key in PEM, as Flower keeps it
     online: bool
     since: str  # ISO 8601; when it last connected, or last was connected; "" if never
 
@@ -144,7 +147,7 @@ class Control:
 def keep_keys(control: Control, folder: Folder) -> Iterator[str]:
     """Make SuperLink's registered sites those of DIR/sites; gives a line for each change."""
     wanted = {_key(path): path.parent.name for path in (folder.node_pub(name) for name in folder.site_names())}
-    there = {node.key.strip(): node for node in control.nodes()}
+    there = {node.key: node for node in control.nodes()}
     for key, node in there.items():
         if key not in wanted or wanted[key] != node.name:
             control.unregister(node.id)
@@ -157,10 +160,6 @@ def keep_keys(control: Control, folder: Folder) -> Iterator[str]:
 
 def _key(path: Path) -> bytes:
     """The public key as Flower's own command would read it: re-encoded, without a comment."""
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
     try:
         key = load_ssh_public_key(path.read_bytes())
     except ValueError:

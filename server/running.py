@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from server.control import Control, keep_keys
 from server.federation import Folder
+from server.gateway import command, configuration
 from server.store import write_text
 from shared.errors import UserError
 from shared.supervise import Child, own_environment, supervise
@@ -33,13 +33,12 @@ def start(path: Path, say: Callable[[str], None]) -> None:
     folder = Folder(path.resolve())
     federation = folder.read()
     with _alone(folder):
-        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-        if nginx is None:
-            raise UserError("the gateway needs nginx: install it, on Debian `apt-get install nginx-light`")
+        if folder.nginx_conf.read_text(encoding="utf-8") != configuration(federation):
+            write_text(folder.nginx_conf, configuration(federation))  # it tells the versions, which may be new ones
         for port, host in ((federation.port, federation.listen), (federation.internal_port, "127.0.0.1")):
             _require_free(host, port)
         health = {SUPERLINK: _free_port(), EXECUTOR: _free_port()}
-        children = _children(folder, federation.internal_port, nginx, health)
+        children = _children(folder, federation.internal_port, health)
         write_text(state_file(folder), json.dumps({"pid": os.getpid(), "health": health}))
         say(f"{federation.name}: hospitals reach it at {federation.address}; Ctrl-C ends it")
         try:
@@ -88,7 +87,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _children(folder: Folder, port: int, nginx: str, health: dict[str, int]) -> list[Child]:
+def _children(folder: Folder, port: int, health: dict[str, int]) -> list[Child]:
     env = own_environment(FLWR_HOME=str(folder.state / "flower"))
     address, secret = f"127.0.0.1:{port}", str(folder.superexec_secret)
     superlink = [
@@ -102,11 +101,10 @@ def _children(folder: Folder, port: int, nginx: str, health: dict[str, int]) -> 
         *("flower-superexec", "--runtime-api-address", address, "--root-certificates", str(folder.ca_cert)),
         *("--superexec-auth-secret-file", secret, "--health-server-address", f"127.0.0.1:{health[EXECUTOR]}"),
     ]
-    gateway = [nginx, "-p", str(folder.gateway), "-c", str(folder.nginx_conf)]
     return [
         Child(SUPERLINK, superlink, folder.state / "superlink.log", env),
         Child(EXECUTOR, executor, folder.state / "executor.log", env),
-        Child(GATEWAY, gateway, folder.gateway / "gateway.log", env),
+        Child(GATEWAY, command(folder), folder.gateway / "gateway.log", env),
     ]
 
 
@@ -130,9 +128,12 @@ class _Watch:
             with Control(self.folder) as control:
                 if not control.answers():
                     return
-                for line in keep_keys(control, self.folder):
-                    self._say(line)
-            self.keys = keys
+                self.keys = keys
+                try:
+                    for line in keep_keys(control, self.folder):
+                        self._say(line)
+                except UserError as error:  # one key that cannot be accepted must not end the others' runs
+                    self._say(f"keys: {error}")
         if not self.ready:
             self.ready = True
             self._say("ready")
