@@ -22,15 +22,22 @@ class Roll(NamedTuple):
 
 
 def call(answers: Iterable[tuple[Place, Message | None]], job: Job, frozen: str, counted: int) -> Roll:
-    """Read the answers of nodes to the first query; ``frozen`` and ``counted`` as for ``admit_facts``."""
+    """Read the answers of nodes to the first query; ``frozen`` and ``counted`` as for ``admit_facts``.
+
+    The name of a node is that under which its key is registered, and then it may answer by no other; or it is empty.
+    """
     roll = Roll([], [], set())
     for node, reply in answers:
         if reply is not None and not reply.has_error():
             roll.heard.add(node.node)
         try:
-            roll.places.append(Place(node.node, *admit_facts(reply, job, frozen, counted)))
+            place = Place(node.node, *admit_facts(reply, job, frozen, counted))
+            if node.name and place.name != node.name:
+                raise Dropped("bad-name")
+            roll.places.append(place)
         except Dropped as reason:
-            roll.dropped.append({"site": _site_name(reply) or node.name, "reason": str(reason)})
+            name = node.name or _site_name(reply) or f"node {node.node}"
+            roll.dropped.append({"site": name, "reason": str(reason)})
     return roll
 
 

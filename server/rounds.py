@@ -202,7 +202,8 @@ class Run:
     def _ask(self, nodes: list[int], fresh: bool, round_: int) -> list[dict[str, str]]:
         """Survey ``nodes``; gives those that were not admitted, with the reason."""
         content = RecordDict({"config": self._config(round_, fresh=fresh)})
-        asked = [Place(node, f"node {node}", {}, [], 0) for node in nodes]
+        known = {node.node_id: node.name for node in self.grid.get_nodes()}
+        asked = [Place(node, known.get(node, ""), {}, [], 0) for node in nodes]
         answers = self._exchange(MessageType.QUERY, content, asked, round_)
         found, dropped, heard = call(answers, self.job, self.frozen, self.counted)
         self.heard |= heard
