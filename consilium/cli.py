@@ -50,8 +50,15 @@ def commands() -> None:
       consilium survey JOB.toml --data demo/cohort
       consilium simulate JOB.toml --data demo/cohort --baselines
     \b
-    Hospital data manager, to see whether the images are fit to join:
-      consilium site check --data FOLDER
+    Coordinator of a real federation:
+      consilium provision federation.toml --out DIR
+      consilium server start DIR
+      consilium run JOB.toml --federation DIR
+    \b
+    Hospital data manager, to see whether all is fit to join, to join, and to see what left:
+      consilium site check SITE.toml
+      consilium site start SITE.toml
+      consilium site log SITE.toml
       consilium audit RUN --site SITE.toml
     \b
     Whoever has a trained model, the folder RUN that simulate wrote:
