@@ -17,7 +17,7 @@ from opacus.optimizers import DPOptimizer
 from scipy.stats import binom, kstest
 from torch import Tensor, nn
 
-from client.gradients import HookedGradients, SingleGradients, put_back, swap_recurrent
+from client.gradients import HookedGradients, SingleGradients, put_back, swap_recurrent, unit_gradients
 from client.privacy import HOOKED, clipped_sum, train_privately, units
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
@@ -122,6 +122,20 @@ def test_gradients_of_single_units_are_those_of_the_slow_way(task: str, name: st
         gradients.of(units(case.data, case.job), case.parameters(model), case.part()), wanted, strict=True
     ):
         assert distance([gradient[0] for gradient in found], each) < 1e-5
+
+
+def test_volumes_one_by_one_have_the_gradients_of_torchs_own_convolutions() -> None:
+    case = Case("segmentation", "unet3d", n=2)
+    model = case.model().to(memory_format=torch.channels_last_3d)
+    wanted = one_by_one(case, model)
+    torch.manual_seed(3)
+    with unit_gradients(model, case.task, case.data, case.job, case.weights, hooked=False) as gradients:
+        found = [each for each, _ in gradients.of([[0], [1]], case.parameters(model), case.part())]
+    for each, slow in zip(found, wanted, strict=True):
+        assert distance([gradient[0] for gradient in each], slow) < 1e-5
+    volumes = [module for module in model.modules() if isinstance(module, nn.Conv3d)]
+    assert volumes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in volumes), "as it was again"
 
 
 @pytest.mark.parametrize(("task", "name"), [pair for pair in EVERY if pair not in RANDOM and pair[0] != "detection"])
