@@ -272,7 +272,9 @@ def test_how_an_image_is_normalised_and_weighed_does_not_depend_on_the_others(ta
         batches.append(flat(case.task.batch(data, [0], case.job, CPU, train=True)))
         weights = case.task.class_weights(case.task.count_classes(data, case.job), case.job)
         assert set(weights) == {1.0}
-    assert batches[0]
+    torch.manual_seed(3)
+    together = flat(case.task.batch(case.data, [0, 3], case.job, CPU, train=True))
+    assert torch.equal(together[0][0], batches[0][0][0]), "in a batch with another, as hooks take it"
     for other in batches[1:]:
         assert all(torch.equal(a, b) for a, b in zip(batches[0], other, strict=True))
 
