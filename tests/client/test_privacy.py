@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +25,9 @@ from shared.norms import without_batch_norm
 from shared.tasks import TASKS, load_task
 from shared.training import set_mode
 from shared.weights import exchanged
+from tests.conftest import examples
 
 CPU = torch.device("cpu")
-EXAMPLES = Path(__file__).parents[1] / "shared" / "tasks"
 EVERY = [(task, name) for task in TASKS for name in load_task(task).MODELS]
 # Their loss draws random numbers, by turns of images: a batch of one draws others than a batch of many.
 RANDOM = {
@@ -56,11 +54,7 @@ class Case:
     """A model with its small job, its task and some training data."""
 
     def __init__(self, task: str, name: str, n: int = 6, **more: Any) -> None:
-        spec = importlib.util.spec_from_file_location(f"examples_{task}", EXAMPLES / f"examples_{task}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = examples(task)
         flat = {"task": task, "model.name": name, "train.device": "cpu"} | module.JOBS[name] | PLAIN
         self.job: Job = job_from_flat(flat | {key.replace("__", "."): value for key, value in more.items()})
         self.task = load_task(task)
