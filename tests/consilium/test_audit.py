@@ -114,15 +114,22 @@ def test_the_noise_is_that_of_the_whole_run_however_few_steps_local_models_take(
 
 def test_figures_go_to_the_run_only_if_the_site_allows(trained: Path, site: Path) -> None:
     assert write_for_card(audit(trained, site, **QUICK), trained) is None
-    assert not (trained / MARK).exists()
+    assert not list(trained.glob("audit*"))
     file = write_for_card(audit(trained, allow(site), **QUICK), trained)
-    assert file == trained / MARK
+    assert file == trained / "audit-a.json"
     text = file.read_text()
     figures = json.loads(text)
     assert figures["membership"][0]["auc"]["low"] < figures["membership"][0]["auc"]["high"]
     assert ".png" not in text
     assert str(site.parent) not in text
     assert "image/png" not in text
+
+
+def test_the_figures_of_one_site_do_not_replace_those_of_another(trained: Path, site: Path, tmp_path: Path) -> None:
+    other = write_site(tmp_path / "data" / "b", "b", 48)
+    files = {write_for_card(audit(trained, allow(each), shadows=0, inversion_steps=0), trained) for each in (site, other)}
+    assert files == {trained / "audit-a.json", trained / "audit-b.json"}
+    assert json.loads((trained / "audit-a.json").read_text())["site"] == "a"
 
 
 def test_a_site_that_hides_its_number_of_images_gives_no_figure_that_tells_it(trained: Path, site: Path) -> None:
