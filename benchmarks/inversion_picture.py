@@ -3,7 +3,8 @@
 python -m benchmarks.inversion_picture docs/pictures/inversion.png
 
 The three radiographs of an invented hospital (`consilium cohort make --sites 1 --patients 40`) that differ most from
-the mean of the others; `cnn` of width 64 at its starting weights, images of 24 pixels. The attack is that of `consilium audit`.
+the mean of the others; `cnn` of width 64 at its starting weights, images of 24 pixels. The attack is that of
+`consilium audit`.
 Prints PSNR and correlation of each. Takes some minutes.
 """
 

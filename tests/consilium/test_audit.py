@@ -127,7 +127,8 @@ def test_figures_go_to_the_run_only_if_the_site_allows(trained: Path, site: Path
 
 def test_the_figures_of_one_site_do_not_replace_those_of_another(trained: Path, site: Path, tmp_path: Path) -> None:
     other = write_site(tmp_path / "data" / "b", "b", 48)
-    files = {write_for_card(audit(trained, allow(each), shadows=0, inversion_steps=0), trained) for each in (site, other)}
+    found = [audit(trained, allow(each), shadows=0, inversion_steps=0) for each in (site, other)]
+    files = {write_for_card(each, trained) for each in found}
     assert files == {trained / "audit-a.json", trained / "audit-b.json"}
     assert json.loads((trained / "audit-a.json").read_text())["site"] == "a"
 
