@@ -95,6 +95,21 @@ def test_the_budget_outlives_runs_and_ends_them_for_one_site_alone(
     assert trail == sorted(trail)
 
 
+def test_what_a_site_tells_is_at_the_jobs_delta_and_it_decides_at_its_own(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    job = private(tiny_job)
+    rules(three_sites / "a", f"max_epsilon = {pld((1.2, 0.4, 3), delta=1e-2) + 0.02}\nmax_delta = 1e-2")
+    scores = run(job, three_sites, tmp_path / "run", workers=1).scores["federated"]
+    assert not scores["dropped"]
+    assert 0 <= scores["privacy"]["sites"]["a"] - pld((1.2, 0.4, 3), delta=1e-3) <= 0.015
+    entries = Ledger(ledger_path(three_sites / "a" / "site.toml")).history()
+    assert 0 <= entries[-1].epsilon - pld((1.2, 0.4, 3), delta=1e-2) <= 0.015
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Epsilon spent" in page
+    assert f"<td>{scores['privacy']['sites']['a']:.3g}</td>" in page
+
+
 def test_a_private_reply_tells_no_loss_no_count_and_no_statistics(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
