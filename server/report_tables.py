@@ -77,7 +77,7 @@ def sites(record: Record) -> Markup:
     if spent := own.get("privacy", {}).get("sites"):  # the ledgers' own figures, of all runs
         head.append("Epsilon spent")
         rows = [
-            [*row, f"{spent[place]:.3g}" if place in spent else "–"] for place, row in zip(places, rows, strict=True)
+            [*row, f"{spent[place]:.2f}" if place in spent else "–"] for place, row in zip(places, rows, strict=True)
         ]
     page: str = table(f"Each site’s own test {record.case}s", head, rows)
     rest = [*record.metrics()[WIDE - 1 :], *record.metrics(parts=True)]

@@ -107,7 +107,7 @@ def test_what_a_site_tells_is_at_the_jobs_delta_and_it_decides_at_its_own(
     assert 0 <= entries[-1].epsilon - pld((1.2, 0.4, 3), delta=1e-2) <= 0.015
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Epsilon spent" in page
-    assert f"<td>{scores['privacy']['sites']['a']:.3g}</td>" in page
+    assert f"<td>{scores['privacy']['sites']['a']:.2f}</td>" in page
 
 
 def test_a_private_reply_tells_no_loss_no_count_and_no_statistics(
