@@ -44,13 +44,14 @@ def privacy_spent(rounds: list[Event], job: Job) -> dict[str, Any]:
     """What differential privacy the rounds gave: ``epsilon`` at ``delta``, ``unit`` and ``kind``; nothing without.
 
     Local noise: what the sites' own ledgers said last, ``sites``, of which ``epsilon`` is the largest; earlier runs on
-    the same images count in it. Shared noise and central noise: of this run alone, of a unit that was in all rounds.
+    the same images count in it. Under secure aggregation no site tells its own: then, and of shared and central noise,
+    it is that of this run alone, of a unit that was in all rounds.
     """
     asked = job.privacy
     if asked.dp == "none":
         return {}
     found: dict[str, Any] = {"kind": asked.dp, "unit": asked.unit, "delta": asked.delta}
-    if asked.dp == "local":
+    if asked.dp == "local" and not asked.secure_aggregation:
         sites = {row["site"]: row["epsilon"] for event in rounds for row in event["trained"] if "epsilon" in row}
         return found | {"sites": sites, "epsilon": max(sites.values(), default=0.0)}
     if asked.dp == "central":
@@ -58,7 +59,8 @@ def privacy_spent(rounds: list[Event], job: Job) -> dict[str, Any]:
         return found | {"unit": "site", "epsilon": last["epsilon"]}
     times = sum(1 + event.get("repeated", 0) for event in rounds)  # the server saw also those that were done again
     whole = Mechanism(job_noise(job), asked.sampling_rate, times * job.train.local_steps)
-    return found | {"epsilon": epsilon([whole], asked.delta, asked.accountant), "noisy_sites": noisy_sites(job)}
+    found["epsilon"] = epsilon([whole], asked.delta, asked.accountant)
+    return found | ({"noisy_sites": noisy_sites(job)} if asked.dp == "distributed" else {})
 
 
 def _scores(metrics: Mapping[str, Mapping[str, Any]], images: int) -> Scores:

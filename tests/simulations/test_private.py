@@ -204,3 +204,13 @@ def test_a_generator_and_its_reference_are_private_too(
     reserved = [entry for entry in entries if entry.kind == "reserve"]
     assert [entry.round for entry in reserved] == [1, 2, 1, 2, 3]  # the reference first
     assert reserved[-1].epsilon > reserved[1].epsilon
+
+
+def test_under_secure_aggregation_the_epsilon_that_no_site_tells_is_that_of_the_rounds(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    job = private(tiny_job, privacy__secure_aggregation=True, federation__max_update_norm=100.0)
+    scores = run(job, three_sites, tmp_path / "run", workers=1).scores["federated"]
+    assert 0 <= scores["privacy"]["epsilon"] - pld((1.2, 0.4, 3), delta=1e-3) <= 0.015
+    assert "sites" not in scores["privacy"]
+    assert "of this run alone" in (tmp_path / "run" / "report.html").read_text()
