@@ -12,6 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file
 
 from client.ledger import Ledger, ledger_path
+from server.results import privacy_spent
 from server.store import read_events
 from shared.accounting import noise_for
 from shared.config import Job
@@ -214,3 +215,14 @@ def test_under_secure_aggregation_the_epsilon_that_no_site_tells_is_that_of_the_
     assert 0 <= scores["privacy"]["epsilon"] - pld((1.2, 0.4, 3), delta=1e-3) <= 0.015
     assert "sites" not in scores["privacy"]
     assert "of this run alone" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("dp", ["central", "local"])
+def test_a_generators_reference_counts_where_the_server_adds_up(dp: str, tiny_job: Job) -> None:
+    job = private(
+        tiny_job, task="generation", model__name="dcgan", evaluation__reference_rounds=5, privacy__dp=dp,
+        privacy__secure_aggregation=dp == "local", federation__max_update_norm=9.0,
+    )  # fmt: skip
+    rate = {"central": 1.0, "local": 0.4}[dp]
+    spent = privacy_spent([{"event": "round", "trained": []}] * 3, job)
+    assert 0 <= spent["epsilon"] - pld((1.2, rate, 8), delta=1e-3) <= 0.015
