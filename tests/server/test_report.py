@@ -468,7 +468,7 @@ def reason_codes(source: str) -> set[str]:
             found |= {ast.literal_eval(value) for value in node.values}
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
             found |= {str(node.value.value) for target in node.targets if ast.unparse(target) == "code"}
-        elif isinstance(node, ast.FunctionDef) and node.name == "_rules":
+        elif isinstance(node, ast.FunctionDef) and node.name == "_rules" and isinstance(node.body[-1], ast.Return):
             table = node.body[-1].value.elts  # type: ignore[attr-defined]
             found |= {ast.literal_eval(rule.elts[0]) for rule in table}
         elif isinstance(node, ast.FunctionDef) and node.name == "_word":  # what becomes of a code that is none
