@@ -1,6 +1,6 @@
 """What differential privacy costs: a DP-SGD step against a plain one on as many images, for each family of models.
 
-python -m benchmarks.dp_overhead [REPEATS]
+python -m benchmarks.dp_overhead [REPEATS [FAMILY ...]]
 
 Random images; plain and private steps take turns, so that what else the machine does falls on both. Every case is in
 every step (sampling rate 1), so that both see the same number. Gives the median of the ratios.
@@ -22,6 +22,7 @@ from shared.config import Job, job_from_flat
 from shared.imaging.dataset import Dataset
 from shared.tasks import load_task
 from shared.tasks.segmentation.data import assemble
+from shared.tasks.segmentation.models import patch_size
 from shared.training import train
 
 COMMON = {
@@ -44,11 +45,20 @@ def _labelled(job: Job, n: int) -> Dataset:
 
 
 def _masked(job: Job, n: int) -> Dataset:
-    side, rows = job.data.size, []
-    for image in _images((1, side, side), n):
-        rows.append(assemble(image, (image[0] > 60000).astype(np.uint8), np.ones(2), (side, side), job))
+    size, rows = patch_size(job), []
+    for image in _images((1, *size), n):
+        rows.append(assemble(image, (image[0] > 60000).astype(np.uint8), np.ones(len(size)), size, job))
     samples = [Sample(str(k), (), str(k), "train") for k in range(n)]
     return Dataset.of(samples, **{name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _boxed(job: Job, n: int) -> Dataset:
+    side = job.data.size
+    box = float(side // 3)
+    boxes = tuple((k % 2, k * box, k * box / 2, box, box) for k in range(3))
+    samples = [Sample(str(k), (), str(k), "train", boxes=boxes) for k in range(n)]
+    shape, dropped = np.full((n, 2), side, np.int64), np.zeros((n, 1), np.int64)
+    return Dataset.of(samples, image=_images((job.data.channels, side, side), n), shape=shape, dropped=dropped)
 
 
 def _signals(job: Job, n: int) -> Dataset:
@@ -77,6 +87,15 @@ FAMILIES: dict[str, tuple[dict[str, object], int, Maker]] = {
         _labelled,
     ),
     "unet": ({"task": "segmentation", "model.name": "unet", "data.size": 64, "model.width": 16}, 16, _masked),
+    "unet3d": (
+        {"task": "segmentation", "model.name": "unet3d", "data.size": 32, "data.depth": 32, "model.width": 8},
+        4,
+        _masked,
+    ),
+    **{
+        name: ({"task": "detection", "model.name": name, "data.size": 128, "data.channels": 3}, 4, _boxed)
+        for name in ("fasterrcnn_small", "fasterrcnn_mobilenet", "fasterrcnn_resnet50", "retinanet")
+    },
     "autoencoder": ({"task": "reconstruction", "model.name": "autoencoder", "data.size": 32}, 32, _labelled),
     "dcgan": ({"task": "generation", "model.name": "dcgan", "data.size": 28, "model.width": 16}, 32, _labelled),
     "cnn_gru": ({"task": "sequence", "model.name": "cnn_gru", "data.size": 16, "model.width": 8}, 16, _films),
@@ -105,14 +124,15 @@ def measure(settings: dict[str, object], n: int, make: Maker, repeats: int) -> t
     return statistics.median(plains), statistics.median(ratios)
 
 
-def main(repeats: int) -> None:
-    """Print the table."""
+def main(repeats: int = 5, *names: str) -> None:
+    """Print the table, of all families or of these."""
     torch.set_num_threads(1)
-    print(f"{'model':18} {'batch':>5} {'plain step':>11} {'private / plain':>16}")
-    for name, (settings, n, make) in FAMILIES.items():
+    print(f"{'model':20} {'batch':>5} {'plain step':>11} {'private / plain':>16}")
+    for name in names or FAMILIES:
+        settings, n, make = FAMILIES[name]
         seconds, ratio = measure(settings, n, make, repeats)
-        print(f"{name:18} {n:5} {seconds * 1000:8.0f} ms {ratio:16.2f}", flush=True)
+        print(f"{name:20} {n:5} {seconds * 1000:8.0f} ms {ratio:16.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

@@ -207,8 +207,10 @@ def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 def _training_figures(record: Any, asked: Asked) -> MetricRecord:
     told, job = asked.workspace.told["train"], asked.job
-    allowed: dict[str, int] = {"num-examples": -1, "steps": -1, "epsilon": -1}  # length; -1 is one number
-    if told.exact and not is_private(job):
+    allowed: dict[str, int] = {"num-examples": -1, "steps": -1}  # length; -1 is one number
+    if is_private(job):
+        allowed["epsilon"] = -1
+    elif told.exact:
         allowed |= {"images": -1, "loss": -1, "losses": len(load_task(job.task).parts(job))}
     figures = _numbers(record, allowed)
     if figures.get("num-examples") != told.images:
@@ -218,6 +220,8 @@ def _training_figures(record: Any, asked: Asked) -> MetricRecord:
         value = figures.get(name, 0 if name == "images" else -1)
         if not isinstance(value, int) or not 0 <= value <= most:
             raise Refused(f"{name} is no whole number from 0 to {most}")
+    if is_private(job) and figures["steps"] != steps:
+        raise Refused(f"{figures['steps']} steps instead of the job's {steps}: when to stop would tell of the images")
     if figures.get("epsilon", 0) < 0:  # type: ignore[operator]
         raise Refused("epsilon is negative")
     return MetricRecord(figures)

@@ -175,6 +175,8 @@ def _write_head(folder: Path, head: Head) -> None:
     handle, name = tempfile.mkstemp(dir=folder, prefix=f".{HEAD}.")
     with os.fdopen(handle, "w", encoding="ascii") as file:
         file.write(json.dumps(head._asdict()) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut could leave an empty note, and nothing would leave any more
     os.replace(name, folder / HEAD)
 
 

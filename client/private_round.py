@@ -7,11 +7,11 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from client.ledger import Ledger, Terms, fingerprint, ledger_path
+from client.ledger import Ledger, Reservation, Terms, fingerprint, ledger_path, spent_in
 from client.policy import Policy, read_policy
 from client.privacy import train_privately
 from client.workspace import Workspace
-from shared.accounting import Mechanism, job_noise, noisy_sites
+from shared.accounting import Mechanism, epsilon, job_noise, noisy_sites
 from shared.config import Job
 from shared.tasks import load_task
 from shared.training import Trained
@@ -27,7 +27,7 @@ def train_on_budget(
     examples: float = 0.0,
     moments: dict[str, Tensor] | None = None,
 ) -> tuple[Trained, float]:
-    """A round of DP-SGD, and epsilon of all that was ever spent, where most was.
+    """A round of DP-SGD, and epsilon of all that was ever spent, where most was, at the job's delta.
 
     The ledger lies beside the site.toml where that limits epsilon, and so outlives every run; else nothing is ever
     refused, and it lies in the node's home with the rest of the run. A node that pools several sites spends from each.
@@ -44,13 +44,14 @@ def train_on_budget(
     mechanism = Mechanism(noise, job.privacy.sampling_rate, job.train.local_steps)
     policies = {file: read_policy(file) for file in workspace.files}
     # Without limits several files have one ledger, that of the home.
-    books = {
+    paths = {
         ledger_path(file if own.max_epsilon else workspace.home / file.name): own for file, own in policies.items()
     }
+    books = [(Ledger(path), _terms(own, job)) for path, own in paths.items()]
     with ExitStack() as stack:
         taken = [
-            stack.enter_context(Ledger(path).round(run, round_, mechanism, _terms(own, job), fingerprint(data.samples)))
-            for path, own in books.items()
+            stack.enter_context(ledger.round(run, round_, mechanism, terms, fingerprint(data.samples)))
+            for ledger, terms in books
         ]
         trained = train_privately(
             model,
@@ -66,7 +67,14 @@ def train_on_budget(
             cryptographic=policy.cryptographic_noise,
             moments=moments,
         )
-    return trained, max(reservation.epsilon for reservation in taken)
+    return trained, max(_told(*book, reservation, job) for book, reservation in zip(books, taken, strict=True))
+
+
+def _told(ledger: Ledger, terms: Terms, reservation: Reservation, job: Job) -> float:
+    """Epsilon at the delta that the job names, beside which the server shows it; the site decides at its own."""
+    if terms.delta == job.privacy.delta:
+        return reservation.epsilon
+    return epsilon(spent_in(ledger.history()), job.privacy.delta, job.privacy.accountant)
 
 
 def own_share(job: Job) -> float:

@@ -115,7 +115,7 @@ def write_audit(audit: Audit, out: Path) -> list[Path]:
 
 
 def write_for_card(audit: Audit, run: Path) -> Path | None:
-    """Write the figures, no picture, to ``run``/audit.json if the site's policy allows; gives the file, or None.
+    """Write the figures, no picture, to ``run``/audit-SITE.json if the site's policy allows; gives the file, or None.
 
     A site whose number of images may not leave gives neither counts nor intervals, and figures of two digits: else
     each would tell it.
@@ -125,11 +125,12 @@ def write_for_card(audit: Audit, run: Path) -> Path | None:
     """
     if not audit.policy.audit_in_model_card:
         return None
+    file = run / f"audit-{audit.site}.json"  # several sites may have audited the run
     try:
-        write_json(run / MARK, facts(audit, counts=audit.policy.exact_counts))
+        write_json(file, facts(audit, counts=audit.policy.exact_counts))
     except OSError as error:
-        raise UserError(f"{run / MARK}: cannot be written: {error.strerror}") from None
-    return run / MARK
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+    return file
 
 
 def facts(audit: Audit, counts: bool = True) -> dict[str, Any]:

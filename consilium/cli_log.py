@@ -29,7 +29,7 @@ def site_log(file: Path, run: str | None, last: int | None, names: bool, only_ve
     """Show what came to a site, what ran and what left: when, for which run and round, bytes and epsilon.
 
     FILE is the site.toml, or the site's folder (in a simulation OUT/sites/NAME). With --verify the exit code is 1 if a
-    line was changed, dropped or moved, and the line is named.
+    line was changed, dropped, added or moved, and the line is named.
     """
     home = file if file.is_dir() else file.parent
     path = home / OWN_FOLDER / LOG
@@ -53,14 +53,32 @@ def site_log(file: Path, run: str | None, last: int | None, names: bool, only_ve
             click.echo(f"IN ORDER: {path}: {len(verdict.entries)} lines, the last one's SHA-256 is {end}")
             click.echo(f"Lines missing at the end show only against {HEAD} beside it: keep a copy elsewhere.")
         sys.exit(1 if verdict.faults else 0)
-    entries = [entry for entry in verdict.entries if entry and (run is None or entry["run"] == run)]
+    entries = [_whole(entry) for entry in verdict.entries if entry]
+    entries = [entry for entry in entries if run in (None, entry["run"])]
     shown = entries[-last:] if last else entries
     _print(shown)
     _summary(shown, home, whole=len(shown) == len(verdict.entries))
     if names:
-        _print_names(shown, verdict.entries)
+        _print_names(shown, [_whole(entry) for entry in verdict.entries if entry])
     if news:
         news.show(run)
+
+
+# What is shown of a line, and what stands for it in one that somebody made up and that lacks it.
+_SHOWN = {"time": "", "run": "", "round": 0, "kind": "unknown", "declined": "", "bytes": 0, "content": ""}
+
+
+def _whole(entry: Entry) -> Entry:
+    """A line with all that ours hold, each of the kind that it has in ours."""
+    told = {name: entry[name] if isinstance(entry.get(name), type(other)) else other for name, other in _SHOWN.items()}
+    for name in ("epsilon", "seconds"):
+        told[name] = entry[name] if isinstance(entry.get(name), int | float) else None
+    records = entry.get("records")
+    found = records.items() if isinstance(records, dict) else ()
+    told["records"] = {
+        name: facts for name, facts in found if isinstance(facts, dict) and {"names", "count"} <= set(facts)
+    }
+    return entry | told
 
 
 def _print(entries: list[Entry]) -> None:
@@ -97,7 +115,8 @@ def _summary(entries: list[Entry], home: Path, whole: bool) -> None:
     kinds = Counter(LEFT.get(entry["kind"], _plain(entry["kind"])) for entry in entries if not entry["declined"])
     listed = ", ".join(f"{number} × {kind}" for kind, number in kinds.items())
     rest = ". Nothing else left." if whole else ""
-    click.echo(f"{len(entries)} replies, {total:,} bytes{f': {listed}' if listed else ''}{rest}")
+    replies = "1 reply" if len(entries) == 1 else f"{len(entries):,} replies"
+    click.echo(f"{replies}, {total:,} bytes{f': {listed}' if listed else ''}{rest}")
     if declined:
         click.echo(
             f"{declined} declined: only a code left; why stands in {home / 'site.log'}, which may name files and "
@@ -175,8 +194,9 @@ def _print_names(entries: list[Entry], whole: list[Entry]) -> None:
     """The lists that the entries refer to; a list stands in the first line of a run that needs it."""
     lists: dict[str, list[str]] = {}
     for entry in whole:
-        for facts in entry.get("records", {}).values():
-            lists.setdefault(facts["names"], facts.get("list", []))
+        for facts in entry["records"].values():
+            if facts.get("list"):  # a line without may come first: another process wrote it
+                lists.setdefault(facts["names"], facts["list"])
     for entry in entries:
         click.echo(f"line {entry['n']}: SHA-256 of what left {entry['content']}")
     shown: dict[tuple[str, str], Any] = {}

@@ -74,6 +74,11 @@ def sites(record: Record) -> Markup:
         for place in places
     ]
     head = ["Site", f"Test {record.case}s", *(heads(record, [kind], f"{who}: ")[0] for who, kind, _ in columns)]
+    if spent := own.get("privacy", {}).get("sites"):  # the ledgers' own figures, of all runs
+        head.append("Epsilon spent")
+        rows = [
+            [*row, f"{spent[place]:.2f}" if place in spent else "–"] for place, row in zip(places, rows, strict=True)
+        ]
     page: str = table(f"Each site’s own test {record.case}s", head, rows)
     rest = [*record.metrics()[WIDE - 1 :], *record.metrics(parts=True)]
     if rest:

@@ -86,8 +86,10 @@ def privacy_words(spent: Mapping[str, Any]) -> str:
     if not spent:
         return ""
     promise = f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} for each {spent['unit']}"
+    if spent["kind"] == "local" and "sites" not in spent:
+        return f"Differential privacy by each site: {promise}, of this run alone."
     if spent["kind"] == "local":
-        return f"Differential privacy by each site: {promise}, counted by the sites over all their runs."
+        return f"Differential privacy by each site: {promise} where most was spent, counted over all runs of the site."
     if spent["kind"] == "central":
         return f"Differential privacy by the server: {promise}, against whoever gets the model, not against the server."
     return f"Differential privacy with noise shared by {spent['noisy_sites']} sites or more: {promise}."

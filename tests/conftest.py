@@ -1,11 +1,14 @@
-"""Fixtures: real data beside the checkout where it is there, and small sites made on the spot."""
+"""Fixtures and helpers: real data beside the checkout where it is there; small sites and runs made on the spot."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import locale
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -87,3 +90,36 @@ def three_sites(tmp_path: Path) -> Path:
     for name, images in {"a": 24, "b": 32, "c": 40}.items():
         write_site(tmp_path / "data" / name, name, images)
     return tmp_path / "data"
+
+
+def examples(task: str) -> ModuleType:
+    """Small jobs, data and sites of a task: the module ``examples_<task>`` of the tests of all models."""
+    return importlib.import_module(f"tests.shared.tasks.examples_{task}")
+
+
+def save_run(folder: Path, job: Job, **facts: str) -> Path:
+    """A run folder as the server leaves it, of an untrained model; ``facts`` go to those of the model's file."""
+    from server.store import write_model, write_text
+    from shared import __version__
+    from shared.tasks import load_task
+    from shared.weights import exchanged
+
+    model = load_task(job.task).build_model(job)
+    write_text(folder / "job.toml", job.toml())
+    known = {"job": job.sha256, "round": "1", "version": __version__, "model": job.model.name}
+    write_model(folder / "model.safetensors", exchanged(model, job), known | facts)
+    return folder
+
+
+def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """The command in this process, which has imported everything already: exit code, output, errors."""
+    from consilium.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["consilium", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+    return code, *capsys.readouterr()

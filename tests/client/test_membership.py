@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +32,7 @@ from shared.config import Job, job_from_flat
 from shared.imaging.dataset import Dataset
 from shared.tasks import classification as task
 from shared.tasks import load_task
+from tests.conftest import examples
 
 CPU = torch.device("cpu")
 VALUES = st.lists(st.integers(-4, 4), min_size=1, max_size=30).map(lambda found: np.array(found, dtype=np.float64))
@@ -127,12 +126,7 @@ def test_memory_tells_images_apart_that_float32_is_equally_sure_of() -> None:
 )
 def test_memory_draws_nothing_at_random(name: str, model: str) -> None:
     """Not a patch, a code, a change of the image; and it is large where the task's loss is small."""
-    path = Path(__file__).parents[1] / "shared" / "tasks" / f"examples_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = examples(name)
     flat: dict[str, Any] = {"task": name, "model.name": model, "train.device": "cpu", "augment.intensity": 0.5}
     job = job_from_flat(flat | module.JOBS[model])
     data, other = module.make(job, 4), load_task(name)

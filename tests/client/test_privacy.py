@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from opacus.optimizers import DPOptimizer
 from scipy.stats import binom, kstest
 from torch import Tensor, nn
 
-from client.gradients import HookedGradients, SingleGradients, put_back, swap_recurrent
+from client.gradients import HookedGradients, SingleGradients, put_back, swap_recurrent, unit_gradients
 from client.privacy import HOOKED, clipped_sum, train_privately, units
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
@@ -27,9 +25,9 @@ from shared.norms import without_batch_norm
 from shared.tasks import TASKS, load_task
 from shared.training import set_mode
 from shared.weights import exchanged
+from tests.conftest import examples
 
 CPU = torch.device("cpu")
-EXAMPLES = Path(__file__).parents[1] / "shared" / "tasks"
 EVERY = [(task, name) for task in TASKS for name in load_task(task).MODELS]
 # Their loss draws random numbers, by turns of images: a batch of one draws others than a batch of many.
 RANDOM = {
@@ -56,11 +54,7 @@ class Case:
     """A model with its small job, its task and some training data."""
 
     def __init__(self, task: str, name: str, n: int = 6, **more: Any) -> None:
-        spec = importlib.util.spec_from_file_location(f"examples_{task}", EXAMPLES / f"examples_{task}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = examples(task)
         flat = {"task": task, "model.name": name, "train.device": "cpu"} | module.JOBS[name] | PLAIN
         self.job: Job = job_from_flat(flat | {key.replace("__", "."): value for key, value in more.items()})
         self.task = load_task(task)
@@ -122,6 +116,20 @@ def test_gradients_of_single_units_are_those_of_the_slow_way(task: str, name: st
         gradients.of(units(case.data, case.job), case.parameters(model), case.part()), wanted, strict=True
     ):
         assert distance([gradient[0] for gradient in found], each) < 1e-5
+
+
+def test_volumes_one_by_one_have_the_gradients_of_torchs_own_convolutions() -> None:
+    case = Case("segmentation", "unet3d", n=2)
+    model = case.model().to(memory_format=torch.channels_last_3d)
+    wanted = one_by_one(case, model)
+    torch.manual_seed(3)
+    with unit_gradients(model, case.task, case.data, case.job, case.weights, hooked=False) as gradients:
+        found = [each for each, _ in gradients.of([[0], [1]], case.parameters(model), case.part())]
+    for each, slow in zip(found, wanted, strict=True):
+        assert distance([gradient[0] for gradient in each], slow) < 1e-5
+    volumes = [module for module in model.modules() if isinstance(module, nn.Conv3d)]
+    assert volumes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in volumes), "as it was again"
 
 
 @pytest.mark.parametrize(("task", "name"), [pair for pair in EVERY if pair not in RANDOM and pair[0] != "detection"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +13,19 @@ from PIL import Image
 
 from consilium.audit import audit
 from consilium.audit_page import MARK, PAGE, PICTURE, default_folder, page, write_audit, write_for_card
-from consilium.cli import main
-from server.store import write_model, write_text
-from shared import __version__
+from server.store import write_text
 from shared.accounting import job_noise
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
-from shared.tasks import load_task
-from shared.weights import exchanged
 from simulations.simulate import run
-from tests.conftest import write_site
+from tests.conftest import called, examples, save_run, write_site
 
 QUICK: dict[str, Any] = {"shadows": 2, "steps": 4, "inversion_steps": 5}
-
-
-def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """The command in this process: exit code, output, errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["consilium", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     return write_site(tmp_path / "data" / "a", "a", 48)
-
-
-def save_run(folder: Path, job: Job) -> Path:
-    """A run folder as the server leaves it, of an untrained model."""
-    write_text(folder / "job.toml", job.toml())
-    facts = {"job": job.sha256, "round": "1", "version": __version__, "model": job.model.name}
-    write_model(folder / "model.safetensors", exchanged(load_task(job.task).build_model(job), job), facts)
-    return folder
 
 
 @pytest.fixture
@@ -139,15 +114,23 @@ def test_the_noise_is_that_of_the_whole_run_however_few_steps_local_models_take(
 
 def test_figures_go_to_the_run_only_if_the_site_allows(trained: Path, site: Path) -> None:
     assert write_for_card(audit(trained, site, **QUICK), trained) is None
-    assert not (trained / MARK).exists()
+    assert not list(trained.glob("audit*"))
     file = write_for_card(audit(trained, allow(site), **QUICK), trained)
-    assert file == trained / MARK
+    assert file == trained / "audit-a.json"
     text = file.read_text()
     figures = json.loads(text)
     assert figures["membership"][0]["auc"]["low"] < figures["membership"][0]["auc"]["high"]
     assert ".png" not in text
     assert str(site.parent) not in text
     assert "image/png" not in text
+
+
+def test_the_figures_of_one_site_do_not_replace_those_of_another(trained: Path, site: Path, tmp_path: Path) -> None:
+    other = write_site(tmp_path / "data" / "b", "b", 48)
+    found = [audit(trained, allow(each), shadows=0, inversion_steps=0) for each in (site, other)]
+    files = {write_for_card(each, trained) for each in found}
+    assert files == {trained / "audit-a.json", trained / "audit-b.json"}
+    assert json.loads((trained / "audit-a.json").read_text())["site"] == "a"
 
 
 def test_a_site_that_hides_its_number_of_images_gives_no_figure_that_tells_it(trained: Path, site: Path) -> None:
@@ -190,16 +173,9 @@ def test_remarks_say_what_the_figures_cannot(trained: Path, site: Path) -> None:
     ],
 )
 def test_other_tasks_are_audited_by_their_loss(task: str, model: str, words: str, tmp_path: Path) -> None:
-    import importlib.util
-
-    path = Path(__file__).parents[1] / "shared" / "tasks" / f"examples_{task}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    examples = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(examples)
-    job = job_from_flat({"task": task, "model.name": model, "train.device": "cpu"} | examples.JOBS[model])
-    site = examples.site(tmp_path / "site", job, "a", 48)
+    small = examples(task)
+    job = job_from_flat({"task": task, "model.name": model, "train.device": "cpu"} | small.JOBS[model])
+    site = small.site(tmp_path / "site", job, "a", 48)
     found = audit(save_run(tmp_path / "run", job), site, **QUICK)
     assert len(found.membership) == 3
     assert not found.rebuilt

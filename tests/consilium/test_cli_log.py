@@ -135,7 +135,7 @@ def test_follow_shows_what_comes_and_leaves_as_it_happens(tmp_path: Path) -> Non
 
 
 def test_a_run_or_the_last_replies_can_be_picked(home: Path) -> None:
-    assert "1 replies" in log(str(home), "--run", "8").output
+    assert "1 reply, " in log(str(home), "--run", "8").output
     last = log(str(home), "--last", "2")
     assert [bool(lines_of(last, f"2026-03-0{day}")) for day in (1, 2, 3, 4)] == [False, False, True, True]
 
@@ -166,3 +166,20 @@ def test_verify_names_the_line_and_ends_with_1(home: Path) -> None:
 def test_a_site_that_nothing_left_is_told_in_one_line(tmp_path: Path) -> None:
     done = log(str(tmp_path / "site.toml"))
     assert "no such log; nothing has left this site" in str(done.exception)
+
+
+def test_a_line_that_somebody_made_up_is_shown_too(home: Path) -> None:
+    """Sealed as ours are, but without what ours hold."""
+    append(home, {"run": "9", "bytes": "many", "records": {}})
+    done = log(str(home), "--names")
+    assert done.exit_code == 0, done.exception
+    assert lines_of(done, "unknown")[0].split() == ["5", "0", "unknown", "unknown", "0"]
+    assert "5 replies" in done.output
+
+
+def test_a_list_of_names_is_found_in_whichever_line_has_it(home: Path) -> None:
+    """A line of before that refers to it may have been written by another process."""
+    first = entry("9", 2)
+    append(home, first | {"records": {"arrays": {"names": "feed", "count": 1, "bytes": 1}}})
+    append(home, first | {"records": {"arrays": {"names": "feed", "count": 1, "bytes": 1, "list": ["late: float32"]}}})
+    assert "late: float32" in log(str(home), "--run", "9", "--names").output

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
 import pytest
 
-from consilium.cli import main
 from shared.sitefile import read_site
 from simulations.cohorts import COHORTS
-
-
-def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """The command in this process: exit code, output, errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["consilium", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-    return code, *capsys.readouterr()
+from tests.conftest import called
 
 
 @pytest.mark.parametrize("kind", COHORTS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +26,6 @@ from consilium.attribution import (
     integrated_gradients,
     occlusion,
 )
-from consilium.cli import main
 from consilium.explain import explain
 from consilium.overlay import AGAINST, EDGE, FOR, blend, outlined, strength
 from server.store import write_model, write_text
@@ -42,19 +40,9 @@ from shared.tasks import load_task
 from shared.tasks.segmentation.data import assemble
 from shared.training import train
 from shared.weights import exchanged
+from tests.conftest import called, examples
 
 CPU = torch.device("cpu")
-
-
-def examples(name: str) -> ModuleType:
-    """``examples_<task>.py`` of the tests of all models."""
-    path = Path(__file__).parents[1] / "shared" / "tasks" / f"examples_{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -469,18 +457,6 @@ def image(tmp_path: Path) -> Path:
     pixels = spots(2, 5).columns["image"][1][0] // 257
     Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "case 7.png")
     return tmp_path / "case 7.png"
-
-
-def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """The command in this process: exit code, output, errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["consilium", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("method", METHODS)

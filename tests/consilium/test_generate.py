@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from consilium.cli import main
 from consilium.generate import generate_images
-from server.store import write_model, write_text
-from shared import __version__
 from shared.config import Job, job_from_flat
-from shared.tasks import load_task
-from shared.weights import exchanged
-
-
-def examples(name: str) -> ModuleType:
-    """``examples_<task>.py`` of the tests of all models."""
-    path = Path(__file__).parents[1] / "shared" / "tasks" / f"examples_{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def save_run(folder: Path, job: Job) -> Path:
-    """A run folder as the server leaves it, of an untrained model."""
-    write_text(folder / "job.toml", job.toml())
-    facts = {"job": job.sha256, "round": "1", "version": __version__, "model": job.model.name}
-    write_model(folder / "model.safetensors", exchanged(load_task(job.task).build_model(job), job), facts)
-    return folder
+from tests.conftest import called, examples, save_run
 
 
 def job_of(**more: object) -> Job:
     name, settings = next(iter(examples("generation").JOBS.items()))
     flat = {"task": "generation", "model.name": name} | settings | {"data.classes": "a,b,c"}
     return job_from_flat(flat | {key.replace("__", "."): value for key, value in more.items()})
-
-
-def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """The command in this process: exit code, output, errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["consilium", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-    return code, *capsys.readouterr()
 
 
 def pixels(files: list[Path]) -> list[np.ndarray]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pydicom
@@ -19,23 +17,21 @@ import torch
 from highdicom.seg import segread
 from PIL import Image
 
-from consilium.cli import main
 from consilium.predict import AT_ONCE, predict
 from consilium.trained import open_run
 from server.store import write_model, write_text
-from shared import __version__
 from shared.cases import Sample, SiteData
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
 from shared.imaging.dataset import Dataset
 from shared.imaging.read import fit, read_image
-from shared.tasks import TASKS, load_task
+from shared.tasks import TASKS
 from shared.tasks.classification import build_model, collect
 from shared.tasks.classification import predict as predict_classes
 from shared.tasks.classification import write as write_classes
-from shared.weights import exchanged
 from simulations.cohorts.chest import make
 from simulations.simulate import run
+from tests.conftest import called, examples, save_run
 
 CONSILIUM = Path(sys.executable).parent / "consilium"
 CPU = torch.device("cpu")
@@ -45,39 +41,10 @@ def consilium(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([CONSILIUM, *map(str, args)], capture_output=True, text=True, timeout=100)
 
 
-def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """The command in this process, which has imported everything already: exit code, output, errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["consilium", *map(str, args)])
-        with pytest.raises(SystemExit) as left:
-            main()
-    return int(left.value.code or 0), *capsys.readouterr()
-
-
-def examples(name: str) -> ModuleType:
-    """``examples_<task>.py`` of the tests of all models."""
-    path = Path(__file__).parents[1] / "shared" / "tasks" / f"examples_{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def table(out: Path) -> dict[str, dict[str, str]]:
     """The rows of predictions.csv by path."""
     with (out / "predictions.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return {row["path"]: row for row in csv.DictReader(file)}
-
-
-def save_run(folder: Path, job: Job, **facts: str) -> Path:
-    """A run folder as the server leaves it, of an untrained model."""
-    model = load_task(job.task).build_model(job)
-    write_text(folder / "job.toml", job.toml())
-    known = {"job": job.sha256, "round": "1", "version": __version__, "model": job.model.name}
-    write_model(folder / "model.safetensors", exchanged(model, job), known | facts)
-    return folder
 
 
 @pytest.fixture

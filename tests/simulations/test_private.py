@@ -12,6 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file
 
 from client.ledger import Ledger, ledger_path
+from server.results import privacy_spent
 from server.store import read_events
 from shared.accounting import noise_for
 from shared.config import Job
@@ -93,6 +94,21 @@ def test_the_budget_outlives_runs_and_ends_them_for_one_site_alone(
     assert len({entry.run for entry in ledger.history()}) == 2
     trail = [event["trained"][0]["epsilon"] for folder in ("first", "second") for event in rounds(tmp_path / folder)]
     assert trail == sorted(trail)
+
+
+def test_what_a_site_tells_is_at_the_jobs_delta_and_it_decides_at_its_own(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    job = private(tiny_job)
+    rules(three_sites / "a", f"max_epsilon = {pld((1.2, 0.4, 3), delta=1e-2) + 0.02}\nmax_delta = 1e-2")
+    scores = run(job, three_sites, tmp_path / "run", workers=1).scores["federated"]
+    assert not scores["dropped"]
+    assert 0 <= scores["privacy"]["sites"]["a"] - pld((1.2, 0.4, 3), delta=1e-3) <= 0.015
+    entries = Ledger(ledger_path(three_sites / "a" / "site.toml")).history()
+    assert 0 <= entries[-1].epsilon - pld((1.2, 0.4, 3), delta=1e-2) <= 0.015
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Epsilon spent" in page
+    assert f"<td>{scores['privacy']['sites']['a']:.2f}</td>" in page
 
 
 def test_a_private_reply_tells_no_loss_no_count_and_no_statistics(
@@ -189,3 +205,24 @@ def test_a_generator_and_its_reference_are_private_too(
     reserved = [entry for entry in entries if entry.kind == "reserve"]
     assert [entry.round for entry in reserved] == [1, 2, 1, 2, 3]  # the reference first
     assert reserved[-1].epsilon > reserved[1].epsilon
+
+
+def test_under_secure_aggregation_the_epsilon_that_no_site_tells_is_that_of_the_rounds(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    job = private(tiny_job, privacy__secure_aggregation=True, federation__max_update_norm=100.0)
+    scores = run(job, three_sites, tmp_path / "run", workers=1).scores["federated"]
+    assert 0 <= scores["privacy"]["epsilon"] - pld((1.2, 0.4, 3), delta=1e-3) <= 0.015
+    assert "sites" not in scores["privacy"]
+    assert "of this run alone" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("dp", ["central", "local"])
+def test_a_generators_reference_counts_where_the_server_adds_up(dp: str, tiny_job: Job) -> None:
+    job = private(
+        tiny_job, task="generation", model__name="dcgan", evaluation__reference_rounds=5, privacy__dp=dp,
+        privacy__secure_aggregation=dp == "local", federation__max_update_norm=9.0,
+    )  # fmt: skip
+    rate = {"central": 1.0, "local": 0.4}[dp]
+    spent = privacy_spent([{"event": "round", "trained": []}] * 3, job)
+    assert 0 <= spent["epsilon"] - pld((1.2, rate, 8), delta=1e-3) <= 0.015
