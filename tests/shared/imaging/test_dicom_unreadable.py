@@ -153,6 +153,8 @@ def test_forked_workers_and_threads_do_not_mix_up_answers(tmp_path: Path) -> Non
         in_forks = forks.map_async(read_dicom, paths, chunksize=1)
         for found in (list(threads.map(read_dicom, paths)), in_forks.get(60)):
             assert all(np.allclose(a, wanted[k % 6], atol=EXACT) for k, a in enumerate(found))
+        forks.close()  # ended by a signal, one may wait for ever: another library's handler of it is inherited
+        forks.join()
 
 
 def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
