@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from server.calibration_figures import calibration
 from server.outcome_figures import confusion, forest, roc
 from server.record import DECLINED, FEDERATED, ONLY, POOLED, SERVER, Record, read_record, reason_words
 from server.report_style import BAND, BLUE, GREEN, GREY, RED, SERIES, SYMBOLS, fit, new_figure, plain
@@ -46,8 +47,10 @@ def all_figures(folder: Path) -> dict[str, go.Figure]:
         "classes": by_class,
         "confusion matrix": confusion,
         "ROC": roc,
+        "calibration": calibration,
         "confusion matrix, whole image": partial(confusion, prefix="image_"),
         "ROC, whole image": partial(roc, prefix="image_"),
+        "calibration, whole image": partial(calibration, prefix="image_"),
         "precision and recall": precision_recall,
         "FROC": free_response,
         "anomaly scores": anomaly_scores,

@@ -165,15 +165,22 @@ def _confusion_cells(sums: Sums, job: Job) -> tuple[list[str], np.ndarray, np.nd
 
 def roc(record: Record, prefix: str = "") -> go.Figure | None:
     """Sensitivity against false alarms over all thresholds, from the sites' score histograms added up."""
-    sums, job = _classifier(record, prefix)
-    if not sums.get("positives"):
+    parts, mirrored = classifier_parts(record, prefix)
+    if not parts:
         return None
-    parts = list(zip(job.classes, *histograms(sums, job), strict=True))
-    mirrored = len(job.classes) == 2 and not job.data.multilabel
-    parts = parts[-1:] if mirrored else parts
     caption = f"From the score histograms of all sites’ test {record.case}s added up, each class against the rest."
     caption += f" Shown for {parts[0][0]}; the other class mirrors it." if mirrored else ""
     return draw_roc(parts, caption)
+
+
+def classifier_parts(record: Record, prefix: str = "") -> tuple[list[tuple[str, np.ndarray, np.ndarray]], bool]:
+    """Name and score histograms of each class on the test, and whether only one is given as the other mirrors it."""
+    sums, job = _classifier(record, prefix)
+    if not sums.get("positives"):
+        return [], False
+    parts = list(zip(job.classes, *histograms(sums, job), strict=True))
+    mirrored = len(job.classes) == 2 and not job.data.multilabel
+    return (parts[-1:] if mirrored else parts), mirrored
 
 
 def draw_roc(named: Sequence[tuple[str, np.ndarray, np.ndarray]], caption: str) -> go.Figure | None:

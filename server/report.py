@@ -36,8 +36,10 @@ HEADINGS = {
     "classes": "Test: class by class",
     "confusion matrix": "What was taken for what",
     "ROC": "Sensitivity against false alarms",
+    "calibration": "Do probabilities mean what they say?",
     "confusion matrix, whole image": "Whole images: what was taken for what",
     "ROC, whole image": "Whole images: sensitivity against false alarms",
+    "calibration, whole image": "Whole images: do probabilities mean what they say?",
     "precision and recall": "Precision against recall",
     "FROC": "Boxes found against false ones",
     "nearest training": "Are training images copied?",
@@ -47,7 +49,8 @@ HEADINGS = {
     "participation": "Who took part in which round",
 }
 # These fit beside each other, two by two, on a wide screen.
-HALF = {name for name in HEADINGS if name.startswith(("confusion", "ROC", "precision", "FROC", "anomaly", "nearest"))}
+_NARROW = ("confusion", "ROC", "calibration", "precision", "FROC", "anomaly", "nearest")
+HALF = {name for name in HEADINGS if name.startswith(_NARROW)}
 FOLD = 12  # more small warnings than this are summed up and folded away
 STEPS = {
     "survey": "is not in the run",

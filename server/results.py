@@ -10,7 +10,9 @@ from typing import Any
 from server.store import Event, read_events
 from shared.accounting import Mechanism, epsilon, job_noise, noisy_sites
 from shared.config import Job, load_job
-from shared.tasks import load_task
+from shared.tasks import Sums, add_sums, load_task
+from shared.tasks.classification.calibration import figures
+from shared.tasks.classification.metrics import histograms
 
 Scores = dict[str, Any]
 
@@ -30,6 +32,8 @@ def run_scores(folder: Path) -> Scores:
         scores = _scores(last["metrics"], last["images"])
         scores["sites"] = {name: _scores(found, last["site_images"][name]) for name, found in last["sites"].items()}
         scores["best_round"] = last["round"]
+        if calibrated := _calibration(last.get("sums", {}), load_job(folder / "job.toml")):
+            scores["calibration"] = calibrated
         if "server" in last:
             scores["server"] = _scores(last["server"], last["server_images"])
     scores["rounds"] = len(rounds)
@@ -72,6 +76,13 @@ def _mechanism(job: Job, rounds: int) -> Mechanism:
     if job.privacy.dp == "central":
         return Mechanism(job_noise(job), 1.0, rounds)
     return Mechanism(job_noise(job), job.privacy.sampling_rate, rounds * job.train.local_steps)
+
+
+def _calibration(sites: Mapping[str, Sums], job: Job) -> dict[str, Any]:
+    """Calibration error and Brier score of each class over all sites' test images; nothing where none is scored."""
+    if not any(sums.get("positives") for sums in sites.values()):
+        return {}
+    return figures(list(zip(job.classes, *histograms(add_sums(sites.values()), job), strict=True)))
 
 
 def _scores(metrics: Mapping[str, Mapping[str, Any]], images: int) -> Scores:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import client.app
 from server.figures import all_figures
-from server.record import DECLINED, REASONS, number, reason_words
+from server.record import DECLINED, REASONS, number, read_record, reason_words
 from server.report import write_report
 from server.report_style import plain
 from server.results import run_scores
@@ -32,8 +32,9 @@ from shared.config import Job, job_from_flat
 from shared.errors import CODES
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums, add_sums
+from shared.tasks.classification.calibration import brier
 from shared.tasks.classification.learning import collect
-from shared.tasks.classification.metrics import summarise
+from shared.tasks.classification.metrics import histograms, summarise
 from simulations.simulate import run as simulate
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>"
@@ -298,13 +299,26 @@ def test_nothing_is_loaded_from_anywhere(with_baselines: tuple[Folder, dict[str,
     assert "default-src 'none'" in rest
 
 
+def test_the_reliability_curve_is_that_of_the_sums(with_baselines: tuple[Folder, dict[str, Any]]) -> None:
+    """The figure, the scores and the sums of the sites say the same of the test images."""
+    folder = with_baselines[0].path
+    record, told = read_record(folder), run_scores(folder)["calibration"]
+    curves = [trace for trace in all_figures(folder)["calibration"].data if trace.name]
+    assert [trace.name.split(":")[0] for trace in curves] == list(told) == list(record.job.classes)
+    for curve, name, positives, negatives in zip(curves, told, *histograms(record.test_sums, record.job), strict=True):
+        assert sum(curve.customdata) == told[name]["n"] == int(positives.sum() + negatives.sum())
+        assert told[name]["brier"][0] == brier(positives, negatives).value
+        hits = sum(share * n for share, n in zip(curve.y, curve.customdata, strict=True))
+        assert hits == pytest.approx(positives.sum())
+
+
 def test_page_can_be_read_by_everybody(with_baselines: tuple[Folder, dict[str, Any]]) -> None:
     page = Page(write_report(with_baselines[0].path))
     tags = [tag for tag, _ in page.elements]
     assert tags.count("h1") == 1
     assert tags.count("table") == tags.count("caption")
     plots = [attrs for tag, attrs in page.elements if attrs.get("class") == "plot"]
-    assert len(plots) == tags.count("figcaption") == 7
+    assert len(plots) == tags.count("figcaption") == 8
     assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 30 for attrs in plots)
     order = [
         page.source.index(f"<h2>{name}</h2>") for name in ("Warnings", "Results", "Sites", "Figures", "Data", "Job")
