@@ -91,7 +91,8 @@ def test_flwr_run_gives_the_same_model_as_our_engine(
             time.sleep(1)
     finally:
         stop_daemons(home)
-    assert status == "finished:completed"  # `flwr run` itself exits 0 even if the run failed
+    log = "\n".join(path.read_text(errors="replace")[-4000:] for path in home.rglob("*.log"))
+    assert status == "finished:completed", log  # `flwr run` itself exits 0 even if the run failed
     assert [event["event"] for event in read_events(out)][-1] == "finish"
     theirs = load_file(out / "last.safetensors")
     for name, value in load_file(ours / "last.safetensors").items():
