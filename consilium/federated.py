@@ -96,8 +96,8 @@ class Runs:
                         observe("federated", event)
                 status = self._status(control, name)
         except KeyboardInterrupt:
-            print(f"\nthe run goes on; to follow it again: consilium run --federation … --attach {name}")
-            raise
+            print(f"\nthe run goes on; to follow it: consilium run --federation {self.folder.path} --attach {name}")
+            return 130
         return self._conclude(name, job, status)
 
     def _start(self, control: Control, name: str, config: dict[str, Scalar]) -> None:

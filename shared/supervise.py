@@ -96,16 +96,16 @@ def supervise(
 
 
 def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask the processes to end, then kill those that have not after ``GRACE`` seconds."""
+    """Ask the processes to end, then kill those that have not after ``GRACE`` seconds, and what they left behind."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + GRACE
     for process in processes:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # each leads a group of its own, of all that it started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextlib.contextmanager

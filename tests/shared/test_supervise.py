@@ -89,3 +89,23 @@ def test_a_supervisor_that_is_killed_takes_its_child_along(tmp_path: Path) -> No
     while psutil.pid_exists(sleeper) and psutil.Process(sleeper).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_what_a_child_started_and_left_behind_ends_too(tmp_path: Path) -> None:
+    """Flower's executor starts programs of its own, which may outlive it."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    code = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {deaf!r}]); "
+    code += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(600)"
+    child = Child("starts another", [sys.executable, "-c", code], tmp_path / "log")
+
+    def tick() -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        supervise([child], lambda *_: None, tick)
+    other = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(other) and psutil.Process(other).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
