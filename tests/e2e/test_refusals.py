@@ -123,7 +123,7 @@ def test_a_site_that_cannot_join_says_why(live: Live, kind: str, tmp_path: Path)
         says(live, name, another(live, name, **own), REFUSALS[kind])
 
 
-# The kernel has one wall clock for all, and libfaketime 0.9.10 breaks the waits of Python from 3.11 on, which are by the
+# The kernel has one wall clock for all, and libfaketime 0.9.10 breaks Python's waits from 3.11 on, which are by the
 # monotonic clock. So the wall clock of one site's processes is shifted where they ask the C library for it.
 SHIFTED = """
 #include <stdlib.h>
