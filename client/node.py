@@ -24,6 +24,7 @@ from shared.supervise import Child, own_environment, supervise
 
 SUPERNODE, WORKER = "connection", "worker"
 CONNECTED = "connected; waiting for work"
+_FORBIDDEN = "the server, or something before it, forbids the connection; ask your network's people"
 # What Flower's SuperNode says when it cannot join, and what a data manager is to do. The first that is found counts.
 TROUBLES = {
     "Hostname mismatch": "the server's certificate is for another name than server.address; ask the coordinator for "
@@ -35,10 +36,10 @@ TROUBLES = {
     "WRONG_VERSION_NUMBER": "what answers at server.address does not speak TLS; ask the coordinator for the right one",
     "[code: 2004]": "the server does not know this site's key, or still takes the site for connected; if it lasts for "
     "minutes, read the key's words to the coordinator (`consilium site check` shows them)",
+    "Client error '403": _FORBIDDEN,
+    "RunNotRunningException": _FORBIDDEN,  # the same, as Flower names it
     "Client error '": "what answers at server.address is not the federation's server; ask the coordinator for the "
     "right address",
-    # How Flower names HTTP status 403.
-    "RunNotRunningException": "the server, or something before it, forbids the connection; ask your network's people",
     "Connection attempt failed": "the server cannot be reached; trying again until it can",
 }
 
@@ -119,15 +120,8 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def _supernode(connection: Connection, port: int, secret: Path) -> list[str]:
     return [
-        *(
-            sys.executable,
-            "-m",
-            "client.supernode",
-            "--superlink",
-            connection.address,
-            "--root-certificates",
-            str(connection.ca),
-        ),
+        *(sys.executable, "-m", "client.supernode"),
+        *("--superlink", connection.address, "--root-certificates", str(connection.ca)),
         *("--auth-supernode-private-key", str(connection.key), "--isolation", "process"),
         *("--host", "127.0.0.1", "--port", str(port), "--superexec-auth-secret-file", str(secret)),
     ]

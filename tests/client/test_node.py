@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -99,6 +100,7 @@ class Started:
         until(lambda: self.said().count(words) >= times, 60, f"{words!r}; it said {self.said()}")
 
 
+@pytest.mark.slow
 def test_a_second_start_of_a_site_is_refused_and_leaves_the_first_alone(tmp_path: Path) -> None:
     file = joined(tmp_path / "a")
     with Started(file) as first:
@@ -116,6 +118,7 @@ def test_a_second_start_of_a_site_is_refused_and_leaves_the_first_alone(tmp_path
         again.until("the server cannot be reached")
 
 
+@pytest.mark.slow
 def test_a_connection_that_ends_is_begun_again(tmp_path: Path) -> None:
     """Flower's SuperNode gives up on some answers, and on one of them stays as a process that does nothing."""
     ca = Authority(tmp_path / "a-ca")
@@ -128,3 +131,32 @@ def test_a_connection_that_ends_is_begun_again(tmp_path: Path) -> None:
             assert site.said().count("forbids the connection") == 1  # not at every try
             server.status = 404
             site.until("is not the federation's server; ask the coordinator for the right address")
+
+
+LIVES = """
+import client.supernode, sys, threading
+def flower_supernode():
+    assert sys.argv[0] == "flower-supernode"
+    threading.Thread(target=threading.Event().wait).start()  # as its service for the worker does, it stays
+    {ends}
+client.supernode.flower_supernode = flower_supernode
+client.supernode.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ("return", 1),
+        ("raise RuntimeError('no')", 1),
+        ("raise KeyboardInterrupt", 1),
+        ("sys.exit(0)", 0),
+        ("sys.exit(3)", 3),
+        ("threading.Thread(target=lambda: 1 / 0).start(); threading.Event().wait()", 1),
+    ],
+)
+def test_a_supernode_ends_as_soon_as_it_does_not_work(ends: str, status: int) -> None:
+    command = [sys.executable, "-c", LIVES.format(ends=ends)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENV)
+    assert done.returncode == status, done.stderr
+    assert ("Traceback" in done.stderr) == any(word in ends for word in ("raise", "1 / 0"))
