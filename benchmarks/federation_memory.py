@@ -89,7 +89,7 @@ def at_work(live: Live) -> dict[int, float]:
 
 
 def measure(live: Live, job: Path, rounds: int) -> list[dict[str, float]]:
-    """A line for each round: its seconds, those of the slowest site's work, and the peaks in MiB."""
+    """A line for each round: its seconds, those of the slowest site's work, and the peaks and least in MiB."""
     with Watch(live) as watch:
         name = live.submit(job)
         live.follow(name, timeout=3600)
@@ -99,7 +99,10 @@ def measure(live: Live, job: Path, rounds: int) -> list[dict[str, float]]:
         within = [found for when, found in watch.seen if begin < when <= event["time"]]
         begin = event["time"]
         peaks = {role: max(found.get(role, 0.0) for found in within) for role in [*ROLES, "database"]}
-        lines.append({"round": event["round"], "seconds": event["seconds"], "work": work[event["round"]]} | peaks)
+        least = {f"{role}, least": min(found.get(role, 0.0) for found in within) for role in ROLES}
+        lines.append(
+            {"round": event["round"], "seconds": event["seconds"], "work": work[event["round"]]} | peaks | least
+        )
     assert len(lines) == rounds, f"{len(lines)} rounds came to an end"
     return lines
 
@@ -144,7 +147,7 @@ def main() -> None:
         print(json.dumps({key: round(value, 1) for key, value in line.items()}))
     third = max(1, len(lines) // 3)
     print(f"\n| | first {third} rounds | last {third} rounds |\n|---|---|---|")
-    for key in ["seconds", "work", *ROLES, "database"]:
+    for key in list(lines[0])[1:]:
         halves = [statistics.median(line[key] for line in part) for part in (lines[:third], lines[-third:])]
         print(f"| {key} | {halves[0]:.1f} | {halves[1]:.1f} |")
 
