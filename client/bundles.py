@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from shared.bundle import BadBundle, Difference, differences, read_bundle, release
+from shared import __version__
+from shared.bundle import BadBundle, Difference, Files, differences, read_bundle, release, release_version
 from shared.errors import SiteRefusal, UserError
 from shared.sitefile import OWN_FOLDER
 
@@ -42,7 +43,8 @@ class Bundles:
         if digest in self._approved() and (self.folder / "approved" / digest).is_dir():
             return self.folder / "approved" / digest
         try:
-            found = differences(read_bundle(content), release())
+            files = read_bundle(content)
+            found = differences(files, release())
         except BadBundle as error:
             raise SiteRefusal("bundle-refused", f"the program that the server sent is refused: {error}") from None
         if not found:
@@ -50,8 +52,9 @@ class Bundles:
         self._put_aside(digest, content)
         raise SiteRefusal(
             "bundle-refused",
-            f"the program that the server sent differs from the one installed here in {len(found)} files; it was not "
-            f"run. To see how, and to allow it: consilium site approve SITE.toml {digest[:12]}",
+            f"the program that the server sent {_other_release(files)}differs from the one installed here in "
+            f"{len(found)} files; it was not run. To see how, and to allow it: consilium site approve SITE.toml "
+            f"{digest[:12]}",
         )
 
     def waiting(self) -> dict[str, Path]:
@@ -122,3 +125,11 @@ class Bundles:
         os.replace(name, folder / f"{digest}.fab")
         for path in list(self.waiting().values())[KEPT:]:
             path.unlink(missing_ok=True)
+
+
+def _other_release(files: Files) -> str:
+    """What to do where the difference is just that the server and this site have other releases installed."""
+    theirs = release_version(files)
+    if theirs in ("", __version__):
+        return ""
+    return f"is consilium {theirs}, here {__version__} is installed: install what the coordinator has. It "

@@ -23,7 +23,8 @@ from shared.sitefile import OWN_FOLDER, Connection, read_connection, read_site
 from shared.supervise import Child, own_environment, supervise
 
 SUPERNODE, WORKER = "connection", "worker"
-FORBIDDEN = "RunNotRunningException"  # how Flower names HTTP status 403
+CONNECTED = "connected; waiting for work"
+_FORBIDDEN = "the server, or something before it, forbids the connection; ask your network's people"
 # What Flower's SuperNode says when it cannot join, and what a data manager is to do. The first that is found counts.
 TROUBLES = {
     "Hostname mismatch": "the server's certificate is for another name than server.address; ask the coordinator for "
@@ -35,9 +36,10 @@ TROUBLES = {
     "WRONG_VERSION_NUMBER": "what answers at server.address does not speak TLS; ask the coordinator for the right one",
     "[code: 2004]": "the server does not know this site's key, or still takes the site for connected; if it lasts for "
     "minutes, read the key's words to the coordinator (`consilium site check` shows them)",
+    "Client error '403": _FORBIDDEN,
+    "RunNotRunningException": _FORBIDDEN,  # the same, as Flower names it
     "Client error '": "what answers at server.address is not the federation's server; ask the coordinator for the "
     "right address",
-    FORBIDDEN: "the server, or something before it, forbids the connection; ask your network's people",
     "Connection attempt failed": "the server cannot be reached; trying again until it can",
 }
 
@@ -62,7 +64,7 @@ def start(site_file: Path, say: Callable[[str], None]) -> None:
             Child(WORKER, _worker(site_file, port, secret), folder / "worker.log", _environment(folder)),
         ]
         say(f"{read_site(site_file).name}: connecting to {connection.address}; Ctrl-C ends it")
-        watch = _Watch(site_file, say, children[0])
+        watch = _Watch(site_file, say)
         supervise(children, watch.ended, watch.tick)
         say("stopped")
 
@@ -118,7 +120,8 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def _supernode(connection: Connection, port: int, secret: Path) -> list[str]:
     return [
-        *("flower-supernode", "--superlink", connection.address, "--root-certificates", str(connection.ca)),
+        *(sys.executable, "-m", "client.supernode"),
+        *("--superlink", connection.address, "--root-certificates", str(connection.ca)),
         *("--auth-supernode-private-key", str(connection.key), "--isolation", "process"),
         *("--host", "127.0.0.1", "--port", str(port), "--superexec-auth-secret-file", str(secret)),
     ]
@@ -131,8 +134,8 @@ def _worker(site_file: Path, port: int, secret: Path) -> list[str]:
 class _Watch:
     """Says what happens at the site: its own log as it grows, and why a process ended."""
 
-    def __init__(self, site_file: Path, say: Callable[[str], None], supernode: Child) -> None:
-        self.home, self.say, self.supernode = site_file.parent, say, supernode
+    def __init__(self, site_file: Path, say: Callable[[str], None]) -> None:
+        self.home, self.say = site_file.parent, say
         self.read = {name: _size(self.home / path) for name, path in _LOGS.items()}
         self.said = ""
         self.joined = False  # in the life of this SuperNode
@@ -158,12 +161,10 @@ class _Watch:
         for words, meaning in TROUBLES.items():
             if words in line:
                 self._once(meaning)
-                if words == FORBIDDEN and not self.joined and self.supernode.process is not None:
-                    self.supernode.process.kill()  # it hangs then, and would for ever
                 return
         if "SuperNode ID:" in line or "Connection successful" in line:
             self.joined = True
-            self._once("connected; waiting for work")
+            self._once(CONNECTED)
 
     def _once(self, text: str) -> None:
         if text != self.said:
@@ -174,14 +175,17 @@ class _Watch:
         self.tick()
         if child.name == WORKER:
             write_log(self.home, f"the worker ended (status {status}) and is started again; see {_LOGS[WORKER]}")
-        elif status == 0:  # so Flower ends when the server does not accept its signature, and says nothing
-            joined, self.joined = self.joined, False
+            return
+        joined, self.joined = self.joined, False
+        if status == 0:  # so Flower ends when the server does not accept its signature, and says nothing
             self._once(
                 "the coordinator has taken this site out of the federation, or this machine's clock was set"
                 if joined
                 else "the server does not accept this machine's signature: is its clock right? It may be 5 seconds "
                 "ahead and 5 minutes behind; `consilium site check` tells"
             )
+        elif self.said in ("", CONNECTED):  # of a trouble that is known was said already what it means
+            self._once(f"the connection ended (status {status}) and is begun again; see {_LOGS[SUPERNODE]}")
 
 
 _LOGS = {

@@ -29,6 +29,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from server.expiry import expiry
 from server.federation import Folder
 from shared.bundle import release
 from shared.config import Scalar
@@ -82,6 +83,9 @@ class Control:
         try:
             yield
         except httpx.TransportError:
+            line, valid = expiry(self.folder)
+            if not valid:
+                raise UserError(f"the server's {line}") from None
             raise UserError(
                 f"the server of {self.folder.path} does not answer; start it: consilium server start {self.folder.path}"
             ) from None

@@ -58,9 +58,9 @@ http {{
     default_type text/plain;
     server_tokens off;
 
-    # A site asks for work every few seconds; what it asks in vain is not worth a line.
+    # A site asks for work every few seconds, and a model travels in hundreds of parts: not worth a line each.
     map "$status $uri" $told {{
-        "~^200 /v1/fleet/(pull-messages|send-node-heartbeat)$" 0;
+        "~^200 /v1/fleet/(pull-messages|send-node-heartbeat|pull-object|push-object)$" 0;
         "~^200 /(health|consilium)$" 0;
         default 1;
     }}
@@ -78,7 +78,7 @@ http {{
     limit_conn_status 503;
 
     client_max_body_size {body}m;
-    client_body_buffer_size 256k;
+    client_body_buffer_size 6m; # Flower's largest part whole, so that none goes by way of the disk, with a warning each
     client_header_buffer_size 4k;
     large_client_header_buffers 4 8k;
     client_header_timeout 15s;

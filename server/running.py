@@ -7,17 +7,20 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from server.control import Control, keep_keys
+from server.expiry import expiry
 from server.federation import Folder
 from server.gateway import command, configuration
 from server.store import write_text
 from shared.errors import UserError
 from shared.supervise import Child, own_environment, supervise
 
+LOOK = 10.0  # seconds between looks at how long the certificate is valid
 SUPERLINK, EXECUTOR, GATEWAY = "superlink", "executor", "gateway"
 
 
@@ -121,8 +124,12 @@ class _Watch:
         self.keys: object = None
         self.files = self._stamps()
         self.ready = False
+        self.due, self.expiry = 0.0, ""
 
     def tick(self) -> None:
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + LOOK
+            self._look_at_certificate()
         keys = [(name, self._stamp(self.folder.node_pub(name))) for name in self.folder.site_names()]
         if keys != self.keys:
             with Control(self.folder) as control:
@@ -144,6 +151,12 @@ class _Watch:
             for child in (self.superlink, self.gateway):
                 if child.process is not None:
                     child.process.terminate()
+
+    def _look_at_certificate(self) -> None:
+        line, _ = expiry(self.folder)
+        if line != self.expiry and "renew" in line:  # once a day from some weeks before its end on
+            self._say(line)
+        self.expiry = line
 
     def _stamps(self) -> list[float]:
         return [self._stamp(path) for path in (self.folder.server_cert, self.folder.nginx_conf)]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
-from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server.control import Control
+from server.expiry import expiry
 from server.federation import Folder
 from server.running import EXECUTOR, SUPERLINK, state_file
 from shared.errors import UserError
-
-SOON = 30  # days
 
 
 def status(path: Path) -> tuple[list[str], bool]:
@@ -26,7 +23,8 @@ def status(path: Path) -> tuple[list[str], bool]:
     """
     folder = Folder(path.resolve())
     federation = folder.read()
-    lines, well = _certificate(folder)
+    line, well = expiry(folder)
+    lines = [line]
     if not state_file(folder).exists():
         return [f"{federation.name}: not started; consilium server start {path}", *lines], False
     ports = json.loads(state_file(folder).read_text(encoding="utf-8"))["health"]
@@ -45,13 +43,6 @@ def status(path: Path) -> tuple[list[str], bool]:
         since = f" since {node.since[:16].replace('T', ' ')} UTC" if node.since else ""
         lines.append(f"  {node.name}: {'connected' if node.online else 'not connected'}{since or ', never yet'}")
     return lines, well
-
-
-def _certificate(folder: Folder) -> tuple[list[str], bool]:
-    certificate = x509.load_pem_x509_certificate(folder.server_cert.read_bytes())
-    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
-    advice = f"; renew it: consilium provision {folder.federation} --out {folder.path}" if days < SOON else ""
-    return [f"certificate: valid for {days} days{advice}" if days >= 0 else f"certificate: EXPIRED{advice}"], days >= 0
 
 
 def _serving(port: int) -> bool:

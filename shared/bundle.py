@@ -7,6 +7,7 @@ It is read in memory only: nothing of it is unpacked, and nothing of it is impor
 from __future__ import annotations
 
 import io
+import re
 import tomllib
 import zipfile
 from collections.abc import Mapping
@@ -93,6 +94,15 @@ def read_bundle(content: bytes) -> Files:
             return {entry.filename: archive.read(entry) for entry in entries if entry.filename != ".info/CONTENT"}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise BadBundle(f"it is not a readable zip: {error}") from None
+
+
+def release_version(files: Mapping[str, bytes]) -> str:
+    """The version that a bundle's manifest gives it; "" if none that could be one."""
+    try:
+        version = tomllib.loads(files[MANIFEST].decode())["project"]["version"]
+    except (KeyError, TypeError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return ""
+    return version if isinstance(version, str) and re.fullmatch(r"[0-9A-Za-z.+!-]{1,40}", version) else ""
 
 
 def differences(files: Mapping[str, bytes], installed: Mapping[str, bytes]) -> list[Difference]:

@@ -41,7 +41,7 @@ CODES = {
     "ledger-unusable": "the site’s privacy ledger cannot be read or written",
     "small-cell": "a split, or a class of it, has fewer images than the site tells figures of",
     "split-forbidden": "figures were asked for of images that the site does not evaluate on",
-    "bundle-refused": "the site does not know the program that the server sent, and did not run it",
+    "bundle-refused": "the site has another release than the server, or the program was changed; it did not run it",
     "egress-refused": "the site’s last gate found something in the reply that may not leave",
 }
 

@@ -75,7 +75,7 @@ class Authority:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every GET alike, and keeps what it was asked."""
+    """Answers every GET and POST alike, and keeps what it was asked."""
 
     status, facts, location = 200, FACTS, ""
     ahead = 0.0  # seconds of its clock
@@ -112,6 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Location", server.location)
         self.end_headers()
         self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
 
     def do_CONNECT(self) -> None:
         """As a proxy: a tunnel, or the status of the server where that is not 200."""

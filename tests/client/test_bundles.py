@@ -10,7 +10,8 @@ import pytest
 from flwr.cli.build import build_fab_from_files
 
 from client.bundles import KEPT, Bundles
-from shared.bundle import release
+from shared import __version__
+from shared.bundle import MANIFEST, release
 from shared.errors import SiteRefusal, UserError
 
 
@@ -85,3 +86,23 @@ def test_only_the_last_few_are_kept(tmp_path: Path) -> None:
 def test_a_program_that_does_not_wait_cannot_be_asked_for(start: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no bundle waits"):
         Bundles(tmp_path).find(start)
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        ("9.9.0", f"is consilium 9.9.0, here {__version__} is installed: install what the coordinator has"),
+        (__version__, "differs from the one installed here in 1 files"),  # the version is the same, the program is not
+        ("9.9 `rm -rf ~`", "differs from the one installed here in 2 files"),
+    ],
+)
+def test_another_release_is_named_as_such(tmp_path: Path, version: str, told: str) -> None:
+    files = dict(release())
+    files["client/app.py"] += b"# other\n"
+    files[MANIFEST] = files[MANIFEST].replace(f'"{__version__}"'.encode(), f'"{version}"'.encode())
+    with pytest.raises(SiteRefusal) as refused:
+        Bundles(tmp_path).admit(build_fab_from_files(files)[0])
+    assert refused.value.code == "bundle-refused"
+    assert told in str(refused.value)
+    assert "rm -rf" not in str(refused.value)
+    assert ("consilium 9.9.0" in str(refused.value)) == (version == "9.9.0")

@@ -43,12 +43,17 @@ class Live:
     path: Path
     sites: dict[str, Path]
     privacy: str = PRIVACY
+    host: str = "localhost"
+    listen: str = "127.0.0.1"
+    inside: dict[str, list[str]] = field(default_factory=dict)  # what a process, or the "server", is started by
+    env: dict[str, dict[str, str]] = field(default_factory=dict)  # of a process, beside this one's own
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def provision(self) -> None:
         """Set it up, and unpack each start-up kit as its hospital would."""
-        lines = ['name = "council"', "[server]", 'host = "localhost"', 'listen = "127.0.0.1"']
-        lines += [f"port = {free_port()}", f"internal_port = {free_port()}"]
+        lines = ['name = "council"', "[server]", f'host = "{self.host}"', f'listen = "{self.listen}"']
+        self.port, self.internal_port = free_port(), free_port()
+        lines += [f"port = {self.port}", f"internal_port = {self.internal_port}"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.parent / "federation.toml"
         self.file.write_text("\n".join([*lines, *(f"[sites.{name}]" for name in self.sites)]) + "\n")
@@ -65,7 +70,11 @@ class Live:
     def consilium(self, *arguments: object, code: int = 0, timeout: float = 240) -> str:
         """What a command prints; it must end with ``code``."""
         done = subprocess.run(
-            [*CONSILIUM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=ENV
+            [*self.inside.get("server", []), *CONSILIUM, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=ENV,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -74,7 +83,10 @@ class Live:
         """Start a command that stays; its output goes to a file."""
         with self.output(name).open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                [*CONSILIUM, *map(str, arguments)], stdout=output, stderr=subprocess.STDOUT, env=ENV
+                [*self.inside.get(name, []), *CONSILIUM, *map(str, arguments)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=ENV | self.env.get(name, {}),
             )
 
     def start_server(self) -> None:

@@ -432,10 +432,15 @@ def test_neither_its_log_nor_its_command_line_holds_a_secret(live: Gateway) -> N
         assert secret not in text
     assert not any("key" in word for word in gateway.command(live.folder))
     before = len(log.read_bytes())
+    errors = live.folder.gateway / "error.log"
+    warned = errors.read_bytes()
     live.ask("POST", "/v1/fleet/pull-messages", b"")  # asked every few seconds by every site
+    assert live.ask("POST", "/v1/fleet/push-object", bytes(5 << 20))[0] == 200  # a part of a model, one of hundreds
+    live.ask("POST", "/v1/fleet/pull-object", b"")
     live.ask("POST", "/v1/fleet/get-fab", b"")
     wait_for(lambda: b"get-fab" in log.read_bytes()[before:], "the later request is in the log")
-    assert b"pull-messages" not in log.read_bytes()[before:]
+    assert log.read_bytes()[before:].count(b"\n") == 1
+    assert errors.read_bytes() == warned
 
 
 class Tunnel(BaseHTTPRequestHandler):
