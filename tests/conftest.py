@@ -22,6 +22,7 @@ LOCALE = locale.setlocale(locale.LC_ALL)
 torch.set_num_threads(1)  # two cores, several processes: more threads only fight
 
 
+@pytest.hookimpl(tryfirst=True)  # before the one that reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side: those of a file after one another, and whole federations never two at once."""
     for item in items:

@@ -77,7 +77,7 @@ def test_what_unpacks_to_too_much_is_refused_unread() -> None:
         read_bundle(bomb)
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", zipped({"a.py": b"x" * 100})[:-30]])
+@pytest.mark.parametrize("content", [b"", b"no zip", zipped({"a.py": b"x" * 100})[:-30]], ids=["empty", "text", "cut"])
 def test_what_is_no_zip_is_refused(content: bytes) -> None:
     with pytest.raises(BadBundle):
         read_bundle(content)
