@@ -22,7 +22,7 @@ demo: $(VENV)/demo
 	$(BIN)/consilium simulate simulations/jobs/chest.toml --data demo/cohort --baselines --out demo/run
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

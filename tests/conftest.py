@@ -22,14 +22,6 @@ LOCALE = locale.setlocale(locale.LC_ALL)
 torch.set_num_threads(1)  # two cores, several processes: more threads only fight
 
 
-@pytest.hookimpl(tryfirst=True)  # before the one that reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side: those of a file after one another, and whole federations never two at once."""
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests")
-        item.add_marker(pytest.mark.xdist_group("e2e" if folder.parts[0] == "e2e" else str(folder)))
-
-
 @pytest.fixture(autouse=True)
 def _locale_stays() -> Iterator[None]:
     """ITK, which writes files for the tests, sets the whole process's locale to C: text is ASCII from then on."""
