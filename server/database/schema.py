@@ -12,6 +12,8 @@ Rows of a repeated round go with its event (ON DELETE CASCADE). What has no colu
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -31,7 +33,7 @@ VERSION = 1
 metadata = MetaData()
 # SQLite counts rows up by itself only in a column of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
-_COMPACT = {"sqlite_with_rowid": False}  # rows lie in the order of the key: a round's sites together
+_COMPACT: dict[str, Any] = {"sqlite_with_rowid": False}  # rows lie in the order of the key: a round's sites together
 
 schema = Table("schema", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 
@@ -85,6 +87,7 @@ event = Table(
     Column("round", Integer),
     Column("split", String(16)),
     Column("repeated", Integer, nullable=False),  # how often it had been done before, by attempts that broke off
+    Column("dropped", Integer, nullable=False),  # replies that were not used
     Column("facts", JSON, nullable=False),
     UniqueConstraint("run", "seq"),
     Index("event_by_kind", "run", "kind", "split", "round"),
