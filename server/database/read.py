@@ -14,9 +14,8 @@ from sqlalchemy import Engine, and_, func, or_, select
 
 from server.database import schema as t
 from server.database.journal import key_of
-from server.database.query import LISTED, Row, evaluated, events, exists, figures_of, plain, run_column, run_row, spent
-
-__all__ = ["events"]  # and all that is defined here
+from server.database.query import LISTED, Row, evaluated, exists, figures_of, plain, run_column, run_row, spent
+from server.database.query import events as events
 
 
 def runs(

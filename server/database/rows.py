@@ -14,7 +14,8 @@ _TOLD = (*_ALWAYS, "epsilon", "seconds")
 
 def site_rows(event: Event) -> list[Row]:
     """Takes ``trained``, ``dropped`` and ``bytes`` out of a round's event, as rows of ``site_round``."""
-    found, moved = [], dict(event.pop("bytes", {}))
+    found: list[Row] = []
+    moved = dict(event.pop("bytes", {}))
     for reason, rows in ((False, event.pop("trained", [])), (True, event.pop("dropped", []))):
         for given in rows:
             rest = dict(given)
