@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from server.database.journal import parsed
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -175,9 +176,7 @@ def read_events(folder: Path) -> list[Event]:
     path = folder / "rounds.jsonl"
     events: dict[object, Event] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else []):
-        try:
-            event: Event = json.loads(line)
-        except ValueError:  # no JSON, or broken off within a letter
+        if (event := parsed(line)) is None:
             continue
         key = (event["event"], event.get("round"), event.get("split")) if "round" in event else number
         if earlier := events.pop(key, None):

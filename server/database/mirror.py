@@ -9,8 +9,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.database.engine import STORE, open_database, words
-from server.database.journal import top_of
-from server.database.write import follow
+from server.database.journal import JOURNAL, top_of
+from server.database.write import follow, take_in
 from shared.errors import UserError
 
 RETRY = 30.0  # seconds before a database that failed is tried again: each try may wait for a lock
@@ -19,6 +19,36 @@ RETRY = 30.0  # seconds before a database that failed is tried again: each try m
 def store_beside(folder: Path) -> Path:
     """The store of a run folder where none is named: a file beside it, or beside the run that it belongs to."""
     return top_of(folder.resolve()).parent / STORE
+
+
+def runs_folder(folder: Path) -> Path:
+    """Where run folders lie: in a federation's folder in ``runs``, else where one says."""
+    inner = folder / "runs"
+    return inner if (folder / "federation.toml").is_file() else folder
+
+
+def open_store(folder: Path, store: str = "") -> Engine:
+    """The store of a run folder, of a folder of run folders, or of a federation; see ``bring_in``.
+
+    Raises:
+        UserError: there is no such folder, or the store cannot be opened.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    inner = runs_folder(folder.resolve())
+    return open_database(store or (store_beside(inner) if (inner / JOURNAL).exists() else inner / STORE))
+
+
+def bring_in(db: Engine, folder: Path) -> tuple[list[Path], list[str]]:
+    """Bring the runs of a folder, as for ``open_store``, up to date in the store: those with news, and what was wrong.
+
+    Raises:
+        UserError: the store cannot be written; it can be read all the same, as it was.
+    """
+    try:
+        return take_in(db, runs_folder(folder.resolve()))
+    except (SQLAlchemyError, OSError) as error:
+        raise UserError(f"{db.url.render_as_string()}: cannot be written: {words(error)}") from None
 
 
 class Mirror:

@@ -37,7 +37,9 @@ def runs(
     asked = []
     if search := str(wanted.pop("search", "")):
         asked.append(or_(*(c.icontains(search, autoescape=True) for c in (t.run.c.name, t.run.c.path))))
-    asked += [run_column(name) == value for name, value in wanted.items()]
+    for name, value in wanted.items():
+        held = run_column(name)
+        asked.append(held.in_(value) if isinstance(value, (list, tuple)) else held == value)
     order = column.desc() if sort.startswith("-") else column.asc()
     listed = select(*LISTED).where(*asked).order_by(order.nulls_last(), t.run.c.id.desc()).limit(limit).offset(offset)
     with db.connect() as connection:

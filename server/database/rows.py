@@ -15,7 +15,8 @@ _TOLD = (*_ALWAYS, "epsilon", "seconds")
 def site_rows(event: Event) -> list[Row]:
     """Takes ``trained``, ``dropped`` and ``bytes`` out of a round's event, as rows of ``site_round``."""
     found: list[Row] = []
-    moved = dict(event.pop("bytes", {}))
+    given_bytes = event.pop("bytes", None)
+    moved = dict(given_bytes or {})
     for reason, rows in ((False, event.pop("trained", [])), (True, event.pop("dropped", []))):
         for given in rows:
             rest = dict(given)
@@ -23,8 +24,8 @@ def site_rows(event: Event) -> list[Row]:
             row |= {name: _take(rest, name, name in _ALWAYS and not reason) for name in _TOLD}
             row["down"], row["up"] = moved.pop(row["site"], (None, None))
             found.append(row | {"more": rest or None})
-    if moved:
-        event["bytes"] = moved  # of a site that is in neither list
+    if moved or given_bytes == {}:
+        event["bytes"] = moved  # of sites that are in neither list
     return found
 
 
@@ -47,7 +48,8 @@ def round_row(event: Event, rows: Iterable[Mapping[str, Any]]) -> Row:
 
 def joined_round(event: Event, seconds: float | None, rows: Iterable[Mapping[str, Any]]) -> Event:
     """The event of a round from its rows, which it is given in order."""
-    trained, dropped, moved = [], [], dict(event.pop("bytes", {}))
+    rest = event.pop("bytes", None)
+    trained, dropped, moved = [], [], dict(rest or {})
     for row in rows:
         always = _ALWAYS if row["reason"] is None else ()
         given = {"site": row["site"]} | {n: row[n] for n in _TOLD if n in always or row[n] is not None}
@@ -59,7 +61,7 @@ def joined_round(event: Event, seconds: float | None, rows: Iterable[Mapping[str
         else:
             dropped.append(given | {"reason": row["reason"]})
     event |= {"trained": trained, "dropped": dropped} | ({} if seconds is None else {"seconds": seconds})
-    return event | ({"bytes": moved} if moved else {})
+    return event | ({"bytes": moved} if moved or rest == {} else {})
 
 
 def evaluation_rows(event: Event) -> tuple[list[Row], list[Row]]:

@@ -41,17 +41,21 @@ def follow(db: Engine, folder: Path) -> int | None:
     return id
 
 
-def take_in(db: Engine, folder: Path) -> list[Path]:
-    """Bring in every run of a run folder, or of a folder of run folders; gives those that had news."""
+def take_in(db: Engine, folder: Path) -> tuple[list[Path], list[str]]:
+    """Bring in every run of a run folder, or of a folder of run folders: those that had news, and what was wrong."""
     with db.connect() as connection:
         known = {row.path: row.journal for row in connection.execute(select(t.run.c.path, t.run.c.journal))}
-    news = []
+    news, wrong = [], []
     for found in runs_in(folder.resolve()):
         path = _named(found, base_of(db))
-        if path not in known or known[path] != size(found):
-            follow(db, found)
-            news.append(found)
-    return news
+        if path in known and known[path] == size(found):
+            continue
+        try:
+            if follow(db, found) is not None:
+                news.append(found)
+        except UserError as error:
+            wrong.append(str(error))
+    return news, wrong
 
 
 def forget(db: Engine, id: int) -> None:
