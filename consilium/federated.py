@@ -42,7 +42,7 @@ class Runs:
         """Start a run of the job; gives its name. ``store`` is the database, if not the file beside the run folders.
 
         Raises:
-            UserError: the job is wrong, the server is not started, or no site is accepted, or the store cannot be opened.
+            UserError: the job is wrong, the server is not started, no site is accepted, or the store cannot be opened.
         """
         job = load_job(job_file, settings)
         load_task(job.task).check(job)

@@ -23,7 +23,6 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
-    String,
     Table,
     Text,
     UniqueConstraint,
@@ -41,21 +40,21 @@ run = Table(
     "run",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("key", String(64), nullable=False, unique=True),  # named in the journal: a moved folder is the same run
+    Column("key", Text, nullable=False, unique=True),  # named in the journal: a moved folder is the same run
     Column("path", Text, nullable=False),  # of the run folder, from the database's folder where it lies beside it
     Column("parent", _Id, ForeignKey("run.id", ondelete="CASCADE")),  # of a baseline or a reference network
-    Column("kind", String(16), nullable=False),  # federated, pooled, local or reference
+    Column("kind", Text, nullable=False),  # federated, pooled, local or reference
     Column("journal", BigInteger, nullable=False),  # bytes of rounds.jsonl that are in here
     Column("name", Text, nullable=False),  # the job's
-    Column("task", String(32), nullable=False),
-    Column("model", String(64), nullable=False),
-    Column("job", String(64), nullable=False),  # SHA-256 of the resolved job
-    Column("version", String(32), nullable=False),  # of Consilium
+    Column("task", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("job", Text, nullable=False),  # SHA-256 of the resolved job
+    Column("version", Text, nullable=False),  # of Consilium
     Column("settings", JSON, nullable=False),  # the resolved job, flat
-    Column("metric", String(64), nullable=False),  # that picks the best round, on validation images
+    Column("metric", Text, nullable=False),  # that picks the best round, on validation images
     Column("direction", Integer, nullable=False),  # 1: more is better, -1: less is better
     Column("rounds", Integer, nullable=False),  # asked for
-    Column("status", String(16), nullable=False),  # running, finished or failed, by the last event that says so
+    Column("status", Text, nullable=False),  # running, finished or failed, by the last event that says so
     Column("reason", Text, nullable=False),  # why it failed
     Column("started", Double, nullable=False),  # seconds since 1970, of the first event
     Column("updated", Double, nullable=False),  # of the last event: a run that is running and old has broken off
@@ -82,10 +81,10 @@ event = Table(
     Column("id", _Id, primary_key=True),
     Column("run", _Id, ForeignKey("run.id", ondelete="CASCADE"), nullable=False),
     Column("seq", BigInteger, nullable=False),  # where its line begins in the journal
-    Column("kind", String(32), nullable=False),
+    Column("kind", Text, nullable=False),
     Column("time", Double, nullable=False),  # seconds since 1970
     Column("round", Integer),
-    Column("split", String(16)),
+    Column("split", Text),
     Column("repeated", Integer, nullable=False),  # how often it had been done before, by attempts that broke off
     Column("dropped", Integer, nullable=False),  # replies that were not used
     Column("facts", JSON, nullable=False),
@@ -146,7 +145,7 @@ evaluation = Table(
     metadata,
     _event(),
     _position(),
-    Column("place", String(8), nullable=False),  # all, site, server, or dropped
+    Column("place", Text, nullable=False),  # all, site, server, or dropped
     Column("site", Text, nullable=False),  # of site and dropped; else ""
     Column("images", BigInteger),
     Column("reason", Text),  # of dropped
@@ -160,7 +159,7 @@ metric = Table(
     _event(),
     _position(),  # of the evaluation's row
     _position("rank"),  # in the order of the task's metrics
-    Column("name", String(96), nullable=False),
+    Column("name", Text, nullable=False),
     Column("value", Double),
     Column("low", Double),  # 95 % interval
     Column("high", Double),
@@ -173,7 +172,7 @@ site = Table(
     metadata,
     Column("run", _Id, ForeignKey("run.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
     Column("name", Text, primary_key=True),
-    Column("node", String(32)),  # Flower's number of it: up to 2^64
+    Column("node", Text),  # Flower's number of it: up to 2^64
     Column("train", BigInteger),  # images, as the site declares them
     Column("val", BigInteger),
     Column("test", BigInteger),

@@ -38,7 +38,7 @@ def told(folder: Path, happenings: list[Event], store: str | None) -> None:
 
 
 def best_by_hand(events: list[Event]) -> tuple[int | None, float | None]:
-    """As the loop keeps it: strictly better replaces, the earlier of equals stays; the tested one once it was tested."""
+    """As the loop keeps it: strictly better replaces, the earlier of equals stays; once it was tested, the tested."""
     evaluations = [event for event in events if event["event"] == "evaluation"]
     value = {e["round"]: e["metrics"].get("loss", {}).get("value") for e in evaluations if e["split"] == "val"}
     tests = [event for event in evaluations if event["split"] == "test"]
