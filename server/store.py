@@ -17,13 +17,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
 from server.database.journal import parsed
 from shared.errors import UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # whoever only reads events needs neither
+    import numpy as np
+    from torch import Tensor
+
     from server.database.mirror import Mirror
 
 Event = dict[str, Any]

@@ -44,10 +44,22 @@ def events(db: Engine, id: int, kinds: Sequence[str] = ()) -> list[Row]:
 
 
 def spent(db: Engine, id: int) -> Row:
-    """``server.results.privacy_spent`` of the run, {} without differential privacy."""
+    """``server.results.privacy_spent`` of the run, {} without differential privacy.
+
+    It is asked with what it looks at of the rounds, not with all that a round holds.
+    """
+    own = [t.event.c.run == id, t.event.c.kind == "round"]
+    told = select(t.site_round.c.event, t.site_round.c.site, t.site_round.c.epsilon).join_from(t.event, t.site_round)
+    told = told.where(*own, t.site_round.c.epsilon.is_not(None))
+    spine = select(t.event.c.id, t.event.c.repeated, t.event.c.facts).where(*own).order_by(t.event.c.seq)
     with db.connect() as connection:
         settings = run_row(connection, id)["settings"]
-    return privacy_spent(events(db, id, ["round"]), job_from_flat(settings)) if settings else {}
+        found: dict[int, Row] = {
+            row.id: {**row.facts, "repeated": row.repeated, "trained": []} for row in connection.execute(spine)
+        }
+        for event, site, epsilon in connection.execute(told.order_by(t.site_round.c.event, t.site_round.c.position)):
+            found[event]["trained"].append({"site": site, "epsilon": epsilon})
+    return privacy_spent(list(found.values()), job_from_flat(settings)) if settings else {}
 
 
 LISTED = [column for column in t.run.c if column.name != "settings"]

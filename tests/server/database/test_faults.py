@@ -70,7 +70,7 @@ def test_a_locked_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert same(tmp_path / "run")
 
 
-def _on_a_full_disk(folder: Path, ready: Callable[[], None]) -> None:
+def _on_a_full_disk(folder: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     store = Store(folder)
     begin(store)
@@ -79,17 +79,14 @@ def _on_a_full_disk(folder: Path, ready: Callable[[], None]) -> None:
     for number in range(1, 11):
         one_round(store, number)
     assert len(said(folder)) == 1
-    assert not same_as_root(folder)
+    assert not same(folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     store.add("finish", seconds=3.0)
-    assert same_as_root(folder)
-
-
-same_as_root = same
+    assert same(folder)
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    in_a_process(_on_a_full_disk, tmp_path / "run", None)
+    in_a_process(_on_a_full_disk, tmp_path / "run")
     assert same(tmp_path / "run")
     with sqlite3.connect(tmp_path / STORE) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

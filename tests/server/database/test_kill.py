@@ -33,21 +33,30 @@ def play(sites: Path, flat: dict[str, object], out: Path) -> None:
         Run(LocalGrid(pool, nodes, job.flat()), job, out, resume=True).run()
 
 
+def written(out: Path) -> int:
+    """Lines of the journal."""
+    path = out / "rounds.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 @pytest.mark.slow
 def test_killed_fifty_times(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     out, draw = tmp_path / "run", random.Random(0)
     job = tiny_job.replace(federation__rounds=100_000)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["server.rounds", "simulations.simulate", "client.app", "torch._dynamo"])
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, str]] = []
     for _ in range(50):
-        lines = len(read_events(out))
+        lines = written(out)
         process = context.Process(target=play, args=(three_sites, job.flat(), out))
         process.start()
-        deadline = time.monotonic() + 60
-        while len(read_events(out)) == lines and process.is_alive():
-            assert time.monotonic() < deadline, "the run does not begin"
-        time.sleep(draw.uniform(0, 0.5))
+        # So many events later, and then at any moment: on a slow machine as on a fast one.
+        until, deadline = lines + draw.randint(1, 8), time.monotonic() + 120
+        while written(out) < until:
+            assert process.is_alive()
+            assert time.monotonic() < deadline, "the run does not go on"
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.06))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -57,20 +66,21 @@ def test_killed_fifty_times(three_sites: Path, tiny_job: Job, tmp_path: Path) ->
     bring_in(db, tmp_path)
     id = read.find(db, out)
     assert id is not None
-    check(db, id, out)
+    check(db, id, out, "auroc", 1)
     row = read.run(db, id)
     db.dispose()
     assert row["attempts"] == 50
-    assert row["done"] > 20
+    assert row["done"] >= 10
+    assert {"start", "survey", "round", "evaluation"} <= {kind for _, kind in seen}  # it was killed after each of them
     assert not any("store was not written" in str(event.get("text")) for event in read_events(out))
-    assert len({journal for journal, _ in seen}) > 40  # it was killed at moments that differ
+    assert len({journal for journal, _ in seen}) > 40
 
 
-def as_it_was_left(out: Path) -> tuple[int, int]:
+def as_it_was_left(out: Path) -> tuple[int, str]:
     """The store is sound and holds whole events only: those of the journal up to where it says it is."""
     file = out.parent / STORE
     if not file.exists():
-        return 0, 0
+        return 0, ""
     with sqlite3.connect(file) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
@@ -78,7 +88,7 @@ def as_it_was_left(out: Path) -> tuple[int, int]:
     id = read.find(db, out)
     if id is None:
         db.dispose()
-        return 0, 0
+        return 0, ""
     row, events = read.run(db, id), read.events(db, id)
     db.dispose()
     part = out.parent / "part"
@@ -90,4 +100,4 @@ def as_it_was_left(out: Path) -> tuple[int, int]:
     for path in part.iterdir():
         path.unlink()
     part.rmdir()
-    return row["journal"], row["done"]
+    return row["journal"], str(events[-1]["event"])

@@ -37,21 +37,22 @@ def told(folder: Path, happenings: list[Event], store: str | None) -> None:
         own.add(kind, **facts)
 
 
-def best_by_hand(events: list[Event]) -> tuple[int | None, float | None]:
+def best_by_hand(events: list[Event], metric: str, sign: int) -> tuple[int | None, float | None]:
     """As the loop keeps it: strictly better replaces, the earlier of equals stays; once it was tested, the tested."""
     evaluations = [event for event in events if event["event"] == "evaluation"]
-    value = {e["round"]: e["metrics"].get("loss", {}).get("value") for e in evaluations if e["split"] == "val"}
+    value = {e["round"]: e["metrics"].get(metric, {}).get("value") for e in evaluations if e["split"] == "val"}
     tests = [event for event in evaluations if event["split"] == "test"]
     if tests:
         return tests[-1]["round"], value.get(tests[-1]["round"])
     best: tuple[int | None, float | None] = (None, None)
     for number in sorted(n for n, v in value.items() if n > 0 and v is not None):
-        if best[1] is None or value[number] < best[1]:
+        if best[1] is None or sign * value[number] > sign * best[1]:
             best = number, value[number]
     return best
 
 
-def check(db: Engine, id: int, folder: Path) -> None:
+def check(db: Engine, id: int, folder: Path, metric: str = "loss", sign: int = -1) -> None:
+    """Every question has the answer that the journal gives."""
     events = read_events(folder)
     assert read.events(db, id) == events
     row = read.run(db, id)
@@ -62,7 +63,7 @@ def check(db: Engine, id: int, folder: Path) -> None:
     assert row["warnings"] == len(of_kind.get("warning", [])) + len(of_kind.get("failed", []))
     assert row["dropped"] == len(dropped(events))
     if of_kind.get("start"):
-        assert (row["best_round"], row["best_value"]) == best_by_hand(events)
+        assert (row["best_round"], row["best_value"]) == best_by_hand(events, metric, sign)
     check_rounds(db, id, rounds)
     for split in ("val", "test"):
         check_split(db, id, events, split)
