@@ -94,7 +94,7 @@ def run(
     write_json(folder / "result.json", result)
     from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
 
-    write_report(folder)
+    write_report(folder, store)
     if failures:
         raise RunFailed("; ".join(failures))
     return Result(folder)

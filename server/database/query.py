@@ -9,7 +9,7 @@ from sqlalchemy import Column, Connection, Engine, Select, and_, select
 
 from server.database import schema as t
 from server.database.rows import joined_evaluation, joined_round
-from server.results import privacy_spent
+from server.spent import privacy_spent
 from shared.config import job_from_flat
 from shared.errors import UserError
 
@@ -44,7 +44,7 @@ def events(db: Engine, id: int, kinds: Sequence[str] = ()) -> list[Row]:
 
 
 def spent(db: Engine, id: int) -> Row:
-    """``server.results.privacy_spent`` of the run, {} without differential privacy.
+    """``server.spent.privacy_spent`` of the run, {} without differential privacy.
 
     It is asked with what it looks at of the rounds, not with all that a round holds.
     """

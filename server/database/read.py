@@ -165,7 +165,7 @@ def test_sums(db: Engine, id: int) -> dict[str, Row]:
 
 
 def privacy(db: Engine, id: int) -> Row:
-    """What differential privacy the run gave: ``spent`` as ``server.results.privacy_spent`` ({} without), ``allowed``
+    """What differential privacy the run gave: ``spent`` as ``server.spent.privacy_spent`` ({} without), ``allowed``
     (the job's epsilon, None where the job gives noise instead) and ``course``: {site or "": [[round, epsilon], …]},
     of "" all sites together."""
     settings = run(db, id)["settings"]
