@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, Table, and_, delete, func, or_, selec
 
 from server.database import schema as t
 from server.database.engine import base_of
-from server.database.journal import Line, family, key_of, kind_of, lines, parent_of, runs_in, size
+from server.database.journal import Line, family, key_of, kind_of, lines, parent_of, runs_in, size, top_of
 from server.database.rows import evaluation_rows, round_row, site_rows, surveyed_rows
 from shared.config import load_job
 from shared.errors import UserError
@@ -123,7 +123,7 @@ def _make_room(connection: Connection, path: str, folder: Path, base: Path | Non
     if not stale:
         return
     here = {key_of(found) for found in family(folder)}
-    beside = {key_of(found): found for near in _siblings(folder) for found in family(near)}
+    beside = {key_of(found): found for near in _siblings(top_of(folder)) for found in family(near)}
     for row in stale:
         if row.key not in here:
             found = beside.get(row.key)
