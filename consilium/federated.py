@@ -13,7 +13,7 @@ from typing import Any
 
 from consilium.progress import showing
 from server.control import Control, Status
-from server.database.engine import open_database, store_url
+from server.database.engine import open_database, without_password
 from server.federation import Folder
 from server.report import write_report
 from server.results import run_scores
@@ -51,7 +51,7 @@ class Runs:
 
             load_heldout(heldout, job)
         if store:
-            open_database(_without_password(store)).dispose()
+            open_database(without_password(store)).dispose()
         stem = re.sub(r"[^A-Za-z0-9]+", "-", job.name).strip("-")[:40] or "job"
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         with Control(self.folder) as control:
@@ -60,7 +60,7 @@ class Runs:
                 raise UserError(f"{self.folder.path}: no site is accepted yet; provision one")
             folder = self.path(name)
             write_text(folder / "job.toml", job.toml())
-            more: dict[str, Scalar] = {"run.store": _without_password(store)}
+            more: dict[str, Scalar] = {"run.store": without_password(store)}
             more |= {"run.heldout": str(heldout.resolve())} if heldout else {}
             config = job.flat() | {"run.out": str(folder), "run.id": name, "run.expected": len(nodes)} | more
             self._start(control, name, config)
@@ -160,13 +160,3 @@ class Runs:
         why = failed[-1] if failed else status.details or status.outcome
         print(f"the run {status.outcome}: {why}\nto go on after its last whole round: --resume {name}")
         return 1
-
-
-def _without_password(store: str) -> str:
-    """The store as it may be written down: Flower keeps what a run is started with."""
-    if not store:
-        return ""
-    url = store_url(store)
-    if url.password:
-        raise UserError("--store: leave the password out, it would be written down; put it into ~/.pgpass")
-    return url.render_as_string()

@@ -22,11 +22,10 @@ def store_url(store: str | Path) -> URL:
     Raises:
         UserError: it names none.
     """
-    text = str(store)
-    if "://" not in text:
-        return URL.create("sqlite+pysqlite", database=str(Path(text).resolve()))
+    if "://" not in str(store):
+        return URL.create("sqlite+pysqlite", database=str(Path(store).resolve()))
     try:
-        url = make_url(text)
+        url = make_url(str(store))
     except (ArgumentError, ValueError):
         raise UserError("--store: is no URL; write a path or postgresql://USER@HOST/DATABASE") from None
     if url.get_backend_name() == "sqlite" and url.database:
@@ -59,6 +58,20 @@ def open_database(store: str | Path | URL, create: bool = True) -> Engine:
     except DBAPIError as error:
         raise UserError(f"{url.render_as_string()}: cannot be opened: {words(error)}") from None
     return db
+
+
+def without_password(store: str) -> str:
+    """The store as it may be written down; "" for none.
+
+    Raises:
+        UserError: there is a password in it, or it names no store.
+    """
+    if not store:
+        return ""
+    url = store_url(store)
+    if url.password:
+        raise UserError("--store: leave the password out, it would be written down; put it into ~/.pgpass")
+    return url.render_as_string()
 
 
 def words(error: BaseException) -> str:

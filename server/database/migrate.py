@@ -12,7 +12,7 @@ from shared.errors import UserError
 Step = Callable[[Connection], None]
 # What to do to tables of version N to make them those of N + 1. New tables need no step but `metadata.create_all`.
 STEPS: Mapping[int, Step] = {}
-_LOCK = 0x636F6E73  # any number: who holds it in PostgreSQL is the one that changes the tables
+_LOCK = 0x636F6E73  # any number, of our own
 
 
 def migrate(db: Engine, version: int = VERSION, steps: Mapping[int, Step] = STEPS) -> None:
@@ -25,8 +25,7 @@ def migrate(db: Engine, version: int = VERSION, steps: Mapping[int, Step] = STEP
         if _version(connection) == version:
             return  # without a write: a reader may be all that one is
     with db.execution_options(write=True).begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+        alone(connection)
         found = _version(connection)
         if found is None:
             if others := set(inspect(connection).get_table_names()) & set(metadata.tables):
@@ -39,6 +38,12 @@ def migrate(db: Engine, version: int = VERSION, steps: Mapping[int, Step] = STEP
         for number in range(found, version):
             steps[number](connection)
         connection.execute(schema.update().values(version=version))
+
+
+def alone(connection: Connection) -> None:
+    """Until the transaction ends nobody else who asks for this goes on; SQLite has one writer at a time anyway."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
 
 
 def _version(connection: Connection) -> int | None:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, Table, and_, delete, func, or_, selec
 from server.database import schema as t
 from server.database.engine import base_of
 from server.database.journal import Line, family, key_of, kind_of, lines, parent_of, runs_in, size, top_of
+from server.database.migrate import alone
 from server.database.rows import evaluation_rows, round_row, site_rows, surveyed_rows
 from shared.config import load_job
 from shared.errors import UserError
@@ -31,6 +32,7 @@ def follow(db: Engine, folder: Path) -> int | None:
         return None
     writer = db.execution_options(write=True)
     with writer.begin() as connection:
+        alone(connection)
         id, done = _place(connection, folder, key, base_of(db))
     for line in lines(folder, done):
         with writer.begin() as connection:
@@ -51,10 +53,13 @@ def take_in(db: Engine, folder: Path) -> tuple[list[Path], list[str]]:
         if path in known and known[path] == size(found):
             continue
         try:
-            if follow(db, found) is not None:
-                news.append(found)
+            id = follow(db, found)
         except UserError as error:
             wrong.append(str(error))
+            continue
+        with db.connect() as connection:
+            if connection.scalar(select(t.run.c.journal).where(t.run.c.id == id)) != known.get(path):
+                news.append(found)
     return news, wrong
 
 

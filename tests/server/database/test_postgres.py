@@ -21,7 +21,7 @@ from shared.errors import UserError
 from simulations.simulate import run
 from tests.server.database.journals import journals
 from tests.server.database.postgres import server
-from tests.server.database.test_property import check, told
+from tests.server.database.test_property import check, followed_at_once, told
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,10 @@ def test_many_processes_may_open_it_at_once(url: str) -> None:
         thread.join()
     admin.dispose()
     assert failures == []
+
+
+def test_those_who_follow_at_once_write_nothing_twice(url: str, tmp_path: Path) -> None:
+    followed_at_once(url, tmp_path / "run")
 
 
 def test_a_simulation_with_baselines_is_written_there(

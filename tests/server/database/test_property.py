@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ def check(db: Engine, id: int, folder: Path, metric: str = "loss", sign: int = -
     lost = {(x.site, x.step, x.reason): x.rounds for x in lost_replies(events)}
     refused = [w for w in read.warnings(db, id) if w["kind"] == "refused"]
     assert {(w["site"], w["step"], w["reason"]): w["rounds"] for w in refused} == lost
+
+
+def followed_at_once(store: str, folder: Path) -> None:
+    """Several bring one journal in at the same time."""
+    own = Store(folder, None)
+    for number in range(30):
+        own.add("round", round=number, trained=[], dropped=[{"site": "a", "reason": "no-reply"}], seconds=1.0)
+    with ThreadPoolExecutor(4) as pool:
+        engines = list(pool.map(lambda _: open_database(store), range(4)))
+        ids = set(pool.map(lambda db: follow(db, folder), engines))
+    [id] = ids
+    assert id is not None
+    check(engines[0], id, folder)
+    for db in engines:
+        db.dispose()
 
 
 def check_rounds(db: Engine, id: int, rounds: list[Event]) -> None:

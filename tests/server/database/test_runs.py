@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, inspect, text
 
 from server.database import read
-from server.database.engine import STORE, open_database
+from server.database.engine import STORE, open_database, without_password
 from server.database.migrate import migrate
 from server.database.mirror import bring_in, open_store
 from server.database.schema import VERSION
@@ -26,6 +26,7 @@ from shared.errors import UserError
 from shared.tasks import add_sums, load_task
 from simulations.simulate import run
 from tests.conftest import write_site
+from tests.server.database.test_property import followed_at_once
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,19 @@ def test_a_store_that_is_none_is_said_before_anything_is_trained(
     with pytest.raises(UserError, match=words):
         run(tiny_job, three_sites, tmp_path / "out", store=store)
     assert not (tmp_path / "out").exists()
+
+
+def test_those_who_follow_at_once_write_nothing_twice(tmp_path: Path) -> None:
+    """A run that writes and a dashboard that opens the store at the same moment."""
+    followed_at_once(str(tmp_path / STORE), tmp_path / "run")
+
+
+def test_a_password_is_not_written_down() -> None:
+    with pytest.raises(UserError, match="leave the password out") as raised:
+        without_password("postgresql://me:secret-word@host/x")
+    assert "secret-word" not in str(raised.value)
+    assert without_password("postgresql://me@host/x") == "postgresql+psycopg://me@host/x"
+    assert without_password("x.sqlite").endswith("/x.sqlite")
 
 
 def consilium(*arguments: object) -> str:
