@@ -11,6 +11,7 @@ from consilium.cli_data import cohort, site
 from consilium.cli_federation import provision, site_fingerprint, site_keygen
 from consilium.cli_log import site_log
 from consilium.cli_run import run, server
+from consilium.cli_runs import STORE_HELP, runs
 from consilium.cli_survey import survey
 from consilium.cli_trained import audit, explain, generate, predict
 from shared import __version__
@@ -81,6 +82,7 @@ def commands() -> None:
 @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
 @click.option("--seed", type=int, help="Shorthand for --set seed=N.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
+@click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the job; repeatable."
 )
@@ -92,6 +94,7 @@ def simulate(
     workers: int | None,
     seed: int | None,
     heldout: Path | None,
+    store: str,
     settings: tuple[str, ...],
 ) -> None:
     """Train JOB on this machine, every site played by a worker process; ends with a table and a report.
@@ -104,7 +107,7 @@ def simulate(
     from consilium.notebook import run
     from consilium.tables import print_result
 
-    result = run(loaded, data, out, workers=workers, baselines=baselines, heldout=heldout)
+    result = run(loaded, data, out, workers=workers, baselines=baselines, heldout=heldout, store=store)
     print_result(result)
 
 
@@ -142,6 +145,7 @@ commands.add_command(site)
 commands.add_command(survey)
 commands.add_command(server)
 commands.add_command(run)
+commands.add_command(runs)
 commands.add_command(predict)
 commands.add_command(generate)
 commands.add_command(explain)

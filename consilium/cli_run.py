@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from consilium.cli_data import site
+from consilium.cli_runs import STORE_HELP
 
 
 @click.group()
@@ -44,6 +45,7 @@ def server_status(folder: Path) -> None:
 @click.argument("job", type=Path, required=False)
 @click.option("--federation", "folder", type=Path, required=True, help="The folder that `consilium provision` set up.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
+@click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)
 @click.option("--seed", type=int, help="Shorthand for --set seed=N.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of JOB; repeatable.")
 @click.option("--detach", is_flag=True, help="Submit, say the run's name, and leave it to itself.")
@@ -54,6 +56,7 @@ def run(
     job: Path | None,
     folder: Path,
     heldout: Path | None,
+    store: str,
     seed: int | None,
     settings: tuple[str, ...],
     detach: bool,
@@ -76,7 +79,7 @@ def run(
         click.echo(runs.stop(stop))
         return
     if job is not None:
-        name = runs.submit(job, [*settings, *([f"seed={seed}"] if seed is not None else [])], heldout)
+        name = runs.submit(job, [*settings, *([f"seed={seed}"] if seed is not None else [])], heldout, store)
     elif resume is not None:
         name = runs.resume(resume)
     else:

@@ -13,6 +13,7 @@ from typing import Any
 
 from consilium.progress import showing
 from server.control import Control, Status
+from server.database.engine import open_database, without_password
 from server.federation import Folder
 from server.report import write_report
 from server.results import run_scores
@@ -37,11 +38,11 @@ class Runs:
         """The folder of a run."""
         return self.folder.runs / name
 
-    def submit(self, job_file: Path, settings: Sequence[str], heldout: Path | None) -> str:
-        """Start a run of the job; gives its name.
+    def submit(self, job_file: Path, settings: Sequence[str], heldout: Path | None, store: str = "") -> str:
+        """Start a run of the job; gives its name. ``store`` is the database, if not the file beside the run folders.
 
         Raises:
-            UserError: the job is wrong, the server is not started, or no site is accepted.
+            UserError: the job is wrong, the server is not started, no site is accepted, or the store cannot be opened.
         """
         job = load_job(job_file, settings)
         load_task(job.task).check(job)
@@ -49,6 +50,8 @@ class Runs:
             from server.heldout import load_heldout
 
             load_heldout(heldout, job)
+        if store:
+            open_database(without_password(store)).dispose()
         stem = re.sub(r"[^A-Za-z0-9]+", "-", job.name).strip("-")[:40] or "job"
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         with Control(self.folder) as control:
@@ -57,7 +60,8 @@ class Runs:
                 raise UserError(f"{self.folder.path}: no site is accepted yet; provision one")
             folder = self.path(name)
             write_text(folder / "job.toml", job.toml())
-            more: dict[str, Scalar] = {"run.heldout": str(heldout.resolve())} if heldout else {}
+            more: dict[str, Scalar] = {"run.store": without_password(store)}
+            more |= {"run.heldout": str(heldout.resolve())} if heldout else {}
             config = job.flat() | {"run.out": str(folder), "run.id": name, "run.expected": len(nodes)} | more
             self._start(control, name, config)
         return name
@@ -144,7 +148,7 @@ class Runs:
             facts = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
             try:
                 write_json(folder / "result.json", facts | {"federated": run_scores(folder)})
-                write_report(folder)
+                write_report(folder, str(self._submitted(name)["config"].get("run.store", "")))
             except OSError as error:
                 print(f"no report: {folder} cannot be written: {error.strerror}")
         if status.outcome == "completed" and self._complete(name):

@@ -19,8 +19,10 @@ def run(
     baselines: bool = False,
     heldout: str | Path | None = None,
     progress: bool = True,
+    store: str = "",
 ) -> Result:
     """Simulate ``job`` on the sites in ``data`` and show progress; see ``simulations.simulate.run``."""
     job = job if isinstance(job, Job) else load_job(job)
     with showing(job, progress) as observe:
-        return simulate.run(job, data, out, workers=workers, baselines=baselines, heldout=heldout, observe=observe)
+        more = {"workers": workers, "baselines": baselines, "heldout": heldout}
+        return simulate.run(job, data, out, **more, observe=observe, store=store)  # type: ignore[arg-type]

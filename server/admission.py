@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,13 @@ class Update(NamedTuple):
     loss: float
     losses: list[float]
     epsilon: float
+
+    def told(self, parts: Sequence[str]) -> dict[str, Any]:
+        """What a round's event says of it; ``parts`` are the names of the model's."""
+        told = {"weight": self.weight, "steps": self.steps, "images": self.images, "loss": self.loss}
+        several = len(parts) == len(self.losses) > 1
+        losses = {"losses": dict(zip(parts, self.losses, strict=True))} if several else {}
+        return told | losses | ({} if math.isnan(self.epsilon) else {"epsilon": self.epsilon})
 
 
 def status(reply: Message | None) -> Mapping[str, object]:

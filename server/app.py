@@ -21,7 +21,8 @@ def main(grid: Grid, context: Context) -> None:
 
     ``run.out`` is the run folder; ``run.heldout`` the site.toml of the server's own images, if any; ``run.reference``
     the weights of the network that the job's task measures by, where they are there already. ``run.resume`` goes on
-    after the last whole round in the run folder; ``run.expected`` is how many sites to wait for at first.
+    after the last whole round in the run folder; ``run.expected`` is how many sites to wait for at first; ``run.store``
+    is the database, where it is not the file beside the run folders.
     """
     job = job_from_flat(context.run_config)
     config = context.run_config
@@ -29,4 +30,5 @@ def main(grid: Grid, context: Context) -> None:
     reference = load_file(str(config["run.reference"])) if config.get("run.reference") else None
     folder, resume = Path(str(config.get("run.out") or "run")), bool(config.get("run.resume"))
     expected = int(config.get("run.expected") or 0)
-    Run(grid, job, folder, heldout, reference=reference, resume=resume, expected=expected).run()
+    store = str(config.get("run.store") or "")
+    Run(grid, job, folder, heldout, reference=reference, resume=resume, expected=expected, store=store).run()

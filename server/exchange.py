@@ -38,3 +38,10 @@ def replies(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator
                 wait = POLLS[0] if news else min(wait * 1.5, POLLS[1])
                 time.sleep(min(wait, max(0.0, deadline - time.monotonic())))
         yield here.pop(name, None)
+
+
+def array_bytes(message: Message | None) -> int:
+    """Bytes of the arrays in a message, with their names; 0 where there is none."""
+    if message is None or message.has_error():
+        return 0
+    return sum(record.count_bytes() for record in message.content.array_records.values())

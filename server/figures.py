@@ -37,9 +37,9 @@ MANY = 12  # more sites than this are shown by their spread
 UNASKED, TRAINED, LOST = "rgba(128,140,150,.22)", BLUE, "rgba(213,94,0,.30)"  # the cells of the participation grid
 
 
-def all_figures(folder: Path) -> dict[str, go.Figure]:
+def all_figures(folder: Path, store: str = "") -> dict[str, go.Figure]:
     """The figures a run folder gives something for, by name, in the order of the report."""
-    record = read_record(folder)
+    record = read_record(folder, store)
     makers: dict[str, Callable[[Record], go.Figure | None]] = {
         "metric by round": metric_by_round,
         "metric by site": metric_by_site,

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from server.database.shown import events_of
 from server.results import run_scores
-from server.store import Event, read_events
+from server.store import Event
 from server.wording import number, with_interval
 from shared.config import Job, job_from_flat, load_job
 from shared.errors import CODES
@@ -47,13 +48,17 @@ FEDERATED, POOLED, ONLY, SERVER = "Federated", "All data in one place", "Only ",
 
 @dataclass(frozen=True)
 class Record:
-    """A run as it lies in its folder. ``scores`` is result.json, or the same taken from the events where it lacks."""
+    """A run as it lies in its folder. ``scores`` is result.json, or the same taken from the events where it lacks.
+
+    ``reference`` holds the events of the network that this run's model is measured by, if there is one.
+    """
 
     folder: Path
     job: Job
     events: list[Event]
     baselines: dict[str, list[Event]]
     scores: dict[str, Any]
+    reference: list[Event]
 
     @property
     def metric(self) -> str:
@@ -83,11 +88,6 @@ class Record:
     def test(self) -> Event | None:
         """The final evaluation, if the run came so far."""
         return self._last("evaluation", "test")
-
-    @cached_property
-    def reference(self) -> list[Event]:
-        """The run of the network that this run's model is measured by; empty where there is none."""
-        return read_events(self.folder / REFERENCE)
 
     @cached_property
     def pictures(self) -> list[Shown]:
@@ -191,8 +191,8 @@ def lost_replies(events: list[Event]) -> list[Lost]:
     return [Lost(*key, rounds) for key, rounds in groups.items()]
 
 
-def read_record(folder: Path) -> Record:
-    """Read a run folder; a run by ``flwr run`` has no result.json."""
+def read_record(folder: Path, store: str = "") -> Record:
+    """Read a run from its store and its folder; a run by ``flwr run`` has no result.json."""
     others = {"pooled": folder / "baselines" / "pooled"} if (folder / "baselines" / "pooled").is_dir() else {}
     others |= {path.name.removeprefix("local-"): path for path in sorted(folder.glob("baselines/local-*"))}
     if (folder / "result.json").exists():
@@ -201,7 +201,9 @@ def read_record(folder: Path) -> Record:
         scores = {"federated": run_scores(folder)}
     own = folder / "job.toml"
     job = load_job(own) if own.exists() else job_from_flat(scores["job"])
-    return Record(folder, job, read_events(folder), {name: read_events(path) for name, path in others.items()}, scores)
+    baselines = {name: events_of(path, store) for name, path in others.items()}
+    reference = events_of(folder / REFERENCE, store)
+    return Record(folder, job, events_of(folder, store), baselines, scores, reference)
 
 
 # ---------------------------------------------------------------------- words

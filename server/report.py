@@ -60,10 +60,10 @@ STEPS = {
 }
 
 
-def write_report(folder: Path) -> Path:
-    """Write ``folder/report.html`` from what the run folder holds; returns its path."""
-    record = read_record(folder)
-    figures = all_figures(folder)
+def write_report(folder: Path, store: str = "") -> Path:
+    """Write ``folder/report.html`` from the run's store and its folder; returns its path."""
+    record = read_record(folder, store)
+    figures = all_figures(folder, store)
     drawn = {f"figure-{place}": figure.to_plotly_json() for place, figure in enumerate(figures.values())}
     for figure in drawn.values():
         figure["layout"].pop("template")  # the page chooses it by its colour scheme

@@ -21,7 +21,7 @@ from server.admission import Dropped, Place, Update, admit, admit_sums
 from server.aggregation import AGGREGATORS
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
-from server.exchange import replies
+from server.exchange import array_bytes, replies
 from server.roll import call
 from server.secure import SecureRound
 from server.store import Store, read_events, write_pictures, write_text
@@ -48,7 +48,8 @@ class Run:
     run whose sites test the final model instead of this run's own: how a baseline is judged on everybody's images.
     ``reference`` holds the weights of the network the job's task measures by, where it has one and they are there
     already; else the run trains it first. ``resume`` goes on after the last whole round that ``folder`` holds.
-    ``expected`` is how many sites are waited for at first, up to ``federation.start_timeout``.
+    ``expected`` is how many sites are waited for at first, up to ``federation.start_timeout``. ``store`` is as for
+    ``server.store.Store``.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Run:
         reference: Arrays | None = None,
         resume: bool = False,
         expected: int = 0,
+        store: str | None = "",
     ) -> None:
         self.grid, self.job, self.folder, self.heldout, self.jury = grid, job, folder, heldout, jury
         self.expected = max(expected, job.federation.min_sites)
@@ -68,7 +70,9 @@ class Run:
         self.reference: Arrays = reference or {}
         self.is_reference = False
         self.task = load_task(job.task)
-        self.store = Store(folder)
+        self.parts = [part.prefix.rstrip(".") for part in self.task.parts(job)]
+        self.store = Store(folder, store)
+        self.moved: dict[str, tuple[int, int]] = {}  # bytes of arrays to and from each site, in this round
         self.model = self.task.build_model(job)
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
@@ -107,7 +111,7 @@ class Run:
         self._await_sites()
         self.survey(round_=done)
         if hasattr(self.task, "reference") and not (self.reference or self.is_reference):
-            self.reference = train_reference(self.grid, job, self.folder)
+            self.reference = train_reference(self.grid, job, self.folder, self.store.store)
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
             if self.central is not None:
@@ -172,7 +176,11 @@ class Run:
         places = list(places)
         own = content if callable(content) else lambda _: content
         messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
-        yield from zip(places, replies(self.grid, messages, self.job.federation.round_timeout), strict=True)
+        answers = replies(self.grid, messages, self.job.federation.round_timeout)
+        for place, message, reply in zip(places, messages, answers, strict=True):
+            down, up = self.moved.get(place.name, (0, 0))
+            self.moved[place.name] = down + array_bytes(message), up + array_bytes(reply)
+            yield place, reply
 
     def _config(self, round_: int, **more: Any) -> ConfigRecord:
         return ConfigRecord({"round": round_, **more} | ({"reference": True} if self.is_reference else {}))
@@ -239,6 +247,7 @@ class Run:
             RunFailed: fewer replies than the quorum were in order.
         """
         started = time.monotonic()
+        self.moved = {}
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         places = self.sample(number)
@@ -256,17 +265,7 @@ class Run:
                 except Dropped as reason:
                     dropped.append({"site": place.name, "reason": str(reason)})
                     continue
-                trained.append(
-                    {
-                        "site": place.name,
-                        "weight": update.weight,
-                        "steps": update.steps,
-                        "images": update.images,
-                        "loss": update.loss,
-                    }
-                    | self._of_parts(update.losses)
-                    | ({} if math.isnan(update.epsilon) else {"epsilon": update.epsilon})
-                )
+                trained.append({"site": place.name, **update.told(self.parts)})
                 yield update.weight, update.arrays
 
         noised: dict[str, Any] = {}
@@ -279,26 +278,22 @@ class Run:
         except ValueError:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
-        self.store.add("round", round=number, trained=trained, dropped=dropped, seconds=seconds, **noised)
+        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": self.moved}
+        self.store.add("round", round=number, **facts, **noised)
         self._require(len(trained), dropped, f"in round {number}")
         return merged
 
     def _secure_round(self, places: list[Place], arrays: Arrays, config: ConfigRecord, started: float) -> Arrays:
         """The same round with the sites' models under masks, of which only the sum is seen."""
-        number, parts = int(config["round"]), [part.prefix.rstrip(".") for part in self.task.parts(self.job)]  # type: ignore[arg-type]
-        secure = SecureRound(self._exchange, places, arrays, config, self.job, parts)
+        number = int(config["round"])  # type: ignore[arg-type]
+        secure = SecureRound(self._exchange, places, arrays, config, self.job, self.parts)
         merged = secure.run()
         seconds = round(time.monotonic() - started, 3)
         facts = {"trained": secure.trained, "dropped": secure.dropped, "secure": secure.facts}
-        self.store.add("round", round=number, **facts, seconds=seconds)
+        self.store.add("round", round=number, **facts, seconds=seconds, bytes=self.moved)
         lost = [*secure.dropped, *secure.facts["silent"]]
         self._require(secure.left, lost, f"in round {number}", secure.needed)
         return merged
-
-    def _of_parts(self, losses: list[float]) -> dict[str, Any]:
-        """The losses of the parts of a model of several, by name."""
-        names = [part.prefix.rstrip(".") for part in self.task.parts(self.job)]
-        return {"losses": dict(zip(names, losses, strict=True))} if len(names) == len(losses) > 1 else {}
 
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
@@ -332,14 +327,14 @@ class Run:
         return metrics  # type: ignore[no-any-return]
 
 
-def train_reference(grid: Grid, job: Job, folder: Path) -> Arrays:
+def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") -> Arrays:
     """Train the network the job's task measures by at the same sites; the run lies in ``folder``/reference.
 
     Raises:
         RunFailed: as ``Run.run``.
     """
     own = folder / REFERENCE
-    run = Run(grid, load_task(job.task).reference(job), own, resume=True)
+    run = Run(grid, load_task(job.task).reference(job), own, resume=True, store=store)
     if not any(event["event"] == "finish" for event in read_events(own)):
         run.is_reference = True
         run.run()

@@ -1,4 +1,7 @@
-"""The run folder: what happened, line by line in rounds.jsonl, and files that are written whole or not at all."""
+"""The run folder: what happened, line by line in rounds.jsonl, and files that are written whole or not at all.
+
+What happened is also put into the database of ``server.database``, from which it is shown.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,22 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
+from server.database.journal import parsed
 from shared.errors import UserError
+
+if TYPE_CHECKING:  # whoever only reads events needs neither
+    import numpy as np
+    from torch import Tensor
+
+    from server.database.mirror import Mirror
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -70,15 +78,17 @@ def fresh_folder(folder: Path, mark: str, what: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """JSON that every reader takes: numbers that are not finite become null."""
+    """JSON that every reader takes: numbers that are not finite become null, what is no letter is replaced."""
     write_text(path, json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def _plain(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):  # half a character pair has no UTF-8, and PostgreSQL takes no NUL
+        return value.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(_plain(str(key))): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -116,21 +126,44 @@ def write_pictures(folder: Path, pictures: dict[str, np.ndarray], label: str) ->
 
 
 class Store:
-    """The event log of one run: ``rounds.jsonl`` in its folder."""
+    """What happens in one run: told to ``rounds.jsonl`` in its folder first, then to the database and the listeners.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    ``store`` is the database, where it is not the file beside the run folders; None: this run is in none. A journal
+    that cannot be written ends the run; a database that cannot is said once, as a warning, and the run goes on.
+    """
+
+    def __init__(self, folder: Path, store: str | None = "") -> None:
+        self.folder, self.store = folder, store
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "rounds.jsonl"
         if log.exists() and (text := log.read_bytes()) and not text.endswith(b"\n"):
             with log.open("ab") as file:  # an earlier attempt broke off in the middle of a line
                 file.write(b"\n")
+        self.mirror: Mirror | None = None
+        if store is not None:
+            from server.database.mirror import Mirror  # not at the top: a worker that reads an event needs no database
+
+            self.mirror = Mirror(folder, store)
 
     def add(self, kind: str, **facts: Any) -> None:
-        """Append an event and tell the listeners."""
+        """Append an event, put it into the database, and tell the listeners.
+
+        Raises:
+            OSError: the journal cannot be written.
+        """
+        self._append(kind, facts)
+        problem = self.mirror.update(now=kind in ("start", "finish", "failed")) if self.mirror is not None else ""
+        if problem:
+            self._append("warning", {"text": problem})
+
+    def _append(self, kind: str, facts: Mapping[str, Any]) -> None:
         event: Event = {"event": kind, "time": round(time.time(), 3), **facts}
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            if file.tell() == 0:
+                event["run"] = secrets.token_hex(8)  # its name in databases, wherever the folder is moved to
             file.write(json.dumps(_plain(event), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         for listener in _listeners.get():
             listener(event)
 
@@ -142,10 +175,8 @@ def read_events(folder: Path) -> list[Event]:
     """
     path = folder / "rounds.jsonl"
     events: dict[object, Event] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        try:
-            event: Event = json.loads(line)
-        except json.JSONDecodeError:
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else []):
+        if (event := parsed(line)) is None:
             continue
         key = (event["event"], event.get("round"), event.get("split")) if "round" in event else number
         if earlier := events.pop(key, None):

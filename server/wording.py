@@ -82,7 +82,7 @@ def with_interval(value: float | None, low: float | None, high: float | None, me
 
 
 def privacy_words(spent: Mapping[str, Any]) -> str:
-    """What ``server.results.privacy_spent`` found, in one sentence; "" for nothing."""
+    """What ``server.spent.privacy_spent`` found, in one sentence; "" for nothing."""
     if not spent:
         return ""
     promise = f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} for each {spent['unit']}"

@@ -33,6 +33,7 @@ RUN_KEYS: dict[str, Scalar] = {
     "run.id": "",  # the run, also when it is resumed; Flower gives it a new number then
     "run.resume": False,
     "run.expected": 0,  # sites to wait for at first
+    "run.store": "",  # the database, where it is not the file beside the run folders
 }
 
 Files = dict[str, bytes]

@@ -14,6 +14,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from server.app import app as server_app
+from server.database.engine import open_database
 from server.heldout import load_heldout
 from server.results import run_scores
 from server.rounds import Run, RunFailed, train_reference
@@ -42,6 +43,7 @@ def run(
     baselines: bool = False,
     heldout: str | Path | None = None,
     observe: Observer | None = None,
+    store: str = "",
 ) -> Result:
     """Simulate ``job`` on the sites found in ``data``; everything is written to ``out`` (default ``runs/NAME``).
 
@@ -52,6 +54,7 @@ def run(
         baselines: also train each site alone and all sites pooled, with the same total number of gradient steps.
         heldout: a site.toml of images the server holds itself.
         observe: called with every event of every run.
+        store: the database that shows the run, a path or ``postgresql://…``; default consilium.sqlite beside ``out``.
 
     Raises:
         UserError: bad input, in one line.
@@ -59,6 +62,8 @@ def run(
     """
     job = job if isinstance(job, Job) else load_job(job)
     load_task(job.task).check(job)
+    if store:
+        open_database(store).dispose()  # a store that was asked for by name must be there before anything is trained
     folder = _fresh_folder(
         Path(out) if out else Path("runs") / (re.sub(r"[^\w.-]+", "-", job.name).strip(".-") or "job")
     )
@@ -67,28 +72,29 @@ def run(
     torch.set_num_threads(1)  # the parent aggregates while the workers train
     if heldout:
         load_heldout(Path(heldout), job)  # a fault of these images shows now, not after the training
-    extra: dict[str, Scalar] = {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
+    extra: dict[str, Scalar] = {"run.store": store}
+    extra |= {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with WorkerPool("client.app:app", workers) as pool:
         nodes = [node_of(folder / "sites", file) for file in files]
-        jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines")
+        jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines", store=None)
         if baselines and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
             with _heard(REFERENCE, observe):
-                jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder)
+                jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder, store)
             extra["run.reference"] = str((folder / REFERENCE / "model.safetensors").resolve())
         runs: dict[str, Callable[[], object]] = {FEDERATED: _federated(_grid(pool, nodes, job, folder, 0, extra))}
         others = {}
         if baselines:
             with contextlib.suppress(RunFailed):  # too few sites: the federated run will say so
                 jury.survey(fresh=False)
-                others = _baselines(pool, files, jury)
+                others = _baselines(pool, files, jury, store)
         failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= _collect(folder, others)
     write_json(folder / "result.json", result)
     from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
 
-    write_report(folder)
+    write_report(folder, store)
     if failures:
         raise RunFailed("; ".join(failures))
     return Result(folder)
@@ -153,7 +159,7 @@ def _of_one(job: Job) -> dict[str, Scalar]:
     return alone
 
 
-def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, Run]:
+def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run, store: str) -> dict[str, Run]:
     """A federation of one for each site alone and for all sites pooled.
 
     Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
@@ -177,7 +183,7 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run) -> dict[str, 
         label = model.replace("only ", "local-")
         node = node_of(homes / label, chosen[0], label, chosen[1:])
         grid = _grid(pool, [node], alone, homes / label, 1)
-        runs[model] = Run(grid, alone, homes / label, jury=jury, reference=jury.reference)
+        runs[model] = Run(grid, alone, homes / label, jury=jury, reference=jury.reference, store=store)
     return runs
 
 

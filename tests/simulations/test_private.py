@@ -12,7 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file
 
 from client.ledger import Ledger, ledger_path
-from server.results import privacy_spent
+from server.spent import privacy_spent
 from server.store import read_events
 from shared.accounting import noise_for
 from shared.config import Job
