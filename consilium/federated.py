@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium.progress import showing
+from server.card import write_card
 from server.control import Control, Status
 from server.federation import Folder
 from server.report import write_report
@@ -145,6 +146,7 @@ class Runs:
             try:
                 write_json(folder / "result.json", facts | {"federated": run_scores(folder)})
                 write_report(folder)
+                write_card(folder)
             except OSError as error:
                 print(f"no report: {folder} cannot be written: {error.strerror}")
         if status.outcome == "completed" and self._complete(name):

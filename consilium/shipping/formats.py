@@ -164,7 +164,10 @@ def _write_onnx(graph: Graph, job: Job, spec: Spec, path: Path) -> None:
     """By following the network with an example; what cannot be had so, by torch.export."""
     require_onnx()
     inputs = example(job, spec)
-    names = {"input_names": [t.name for t in spec.inputs], "output_names": [t.name for t in spec.outputs]}
+    names: dict[str, Any] = {
+        "input_names": [t.name for t in spec.inputs],
+        "output_names": [t.name for t in spec.outputs],
+    }
     axes = {
         tensor.name: {place: side for place, side in enumerate(tensor.shape) if isinstance(side, str)}
         for tensor in (*spec.inputs, *spec.outputs)
@@ -175,7 +178,7 @@ def _write_onnx(graph: Graph, job: Job, spec: Spec, path: Path) -> None:
                 graph, inputs, str(path), dynamo=False, opset_version=OPSET, dynamic_axes=axes, **names
             )  # fmt: skip
         except (torch.onnx.OnnxExporterError, RuntimeError):
-            shapes = tuple({p: torch.export.Dim.AUTO for p in axes[tensor.name]} for tensor in spec.inputs)
+            shapes = tuple(dict.fromkeys(axes[tensor.name], torch.export.Dim.AUTO) for tensor in spec.inputs)
             torch.onnx.export(
                 graph, inputs, str(path), dynamo=True, external_data=False, dynamic_shapes=shapes, **names
             )  # fmt: skip

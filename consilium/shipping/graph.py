@@ -1,7 +1,7 @@
 """The network as it is shipped: images in [0, 1] go in where constants normalise them, plain tensors come out.
 
-``Graph`` is what is exported; ``Shipped`` is the way back: it makes any program that runs an exported file (onnxruntime,
-TorchScript) look like the task's own network, so that the task's own code predicts and measures with it.
+``Graph`` is what is exported. ``Shipped`` is the way back: it makes any program that runs an exported file look like the
+task's own network, so that the task's own code predicts and measures with it.
 """
 
 from __future__ import annotations
