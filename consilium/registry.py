@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from server.card import CARD, write_card
-from server.record import Record, read_record
+from server.record import read_record
 from shared import __version__
 from shared.errors import UserError
 
@@ -186,16 +186,11 @@ def _provenance(run: Path) -> dict[str, Any]:
         "trained_with": started.get("version"),
         "sites": len({row["site"] for event in record.rounds.values() for row in event["trained"]}),
         "test_images": own.get("images"),
-        "metrics": _metrics(record, own),
+        "metrics": {
+            name: {"value": own[name], "low": own["intervals"][name][0], "high": own["intervals"][name][1], "n": n}
+            for name, n in own.get("n", {}).items()
+        },
         "privacy": own.get("privacy"),
-    }
-
-
-def _metrics(record: Record, own: dict[str, Any]) -> dict[str, Any]:
-    """Every test metric with its interval and the number of cases behind it."""
-    return {
-        name: {"value": own[name], "low": own["intervals"][name][0], "high": own["intervals"][name][1], "n": n}
-        for name, n in own.get("n", {}).items()
     }
 
 
@@ -211,13 +206,8 @@ def _place(target: Path, run: Path, also: Path | None) -> dict[str, dict[str, An
         for name in FILES:
             if (run / name).is_file():
                 shutil.copyfile(run / name, work / name)
-        for path in sorted(also.rglob("*")) if also else []:
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise UserError(f"--files {also}: {path.relative_to(also)} is a link or no plain file")  # type: ignore[arg-type]
-            if path.is_file():
-                aim = work / "files" / path.relative_to(also)
-                aim.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, aim)
+        if also is not None:
+            _copy(also, work / "files")
         files = {path: _digest(work / path) for path in sorted(_files(work))}
         if target.exists():  # an addition that broke off before its line was written
             shutil.rmtree(target)
@@ -225,6 +215,17 @@ def _place(target: Path, run: Path, also: Path | None) -> dict[str, dict[str, An
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return files
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Plain files and folders only: what a link points to may change after it was signed."""
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"--files {source}: {name} is a link or no plain file")
+        if path.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -318,10 +319,11 @@ def verify(folder: Path, key: Path | None = None) -> tuple[list[Fault], str, str
     if not (folder / LOG).is_file():
         raise UserError(f"{folder}: no registry, there is no {LOG} in it")
     faults: list[Fault] = []
+    own: Ed25519PublicKey | None = None
     try:
         own = _public(folder / KEY)
     except UserError as error:
-        own, faults = None, [Fault(KEY, str(error))]  # type: ignore[assignment]
+        faults.append(Fault(KEY, str(error)))
     believed = _public(key) if key else own
     if believed is None:
         return faults, "", ""

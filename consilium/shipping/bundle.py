@@ -7,7 +7,6 @@ TorchScript file, which needs nothing of ours; where only safetensors was asked 
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from typing import Any
 
 from consilium.shipping.formats import FORMATS
@@ -51,7 +50,6 @@ def metadata(job: Job, spec: Spec, facts: dict[str, Any]) -> dict[str, Any]:
             "version": __version__,
             "sidecar": SIDECAR,
             "job_sha256": job.sha256,
-            "made": time.strftime("%Y-%m-%d"),
         },
     }
 

@@ -21,7 +21,7 @@ from torch import nn
 from consilium.predict import filled_whole, find_cases
 from consilium.shipping.bundle import SIDECAR, inference, metadata
 from consilium.shipping.check import TOLERANCE, Compared, on_images, on_random
-from consilium.shipping.formats import FORMATS, OPSET, read_network, require_onnx
+from consilium.shipping.formats import FORMATS, opset, read_network, require_onnx
 from consilium.shipping.graph import Graph, Spec, spec_of
 from consilium.shipping.quantise import FILE as INT8
 from consilium.shipping.quantise import loss_of, write_int8
@@ -148,7 +148,7 @@ def _written(
         _require(name, real, "the images given")
     return {
         "format": name,
-        **({"opset": OPSET} if name == "onnx" else {}),
+        **({"opset": opset(path)} if name == "onnx" else {}),
         **_digest(path),
         "check": {
             "against": f"PyTorch {torch.__version__}, on the CPU",
@@ -190,7 +190,7 @@ def _quantised(trained: TrainedModel, spec: Spec, given: Images | None, work: Pa
         )
     except Exception as error:  # onnxruntime raises what it likes where a network has a part that it cannot run
         raise UserError(f"--int8: onnxruntime cannot run what it quantised: {str(error).splitlines()[0]}") from None
-    return {"format": "onnx", "opset": OPSET, **_digest(target), "int8": lost}
+    return {"format": "onnx", "opset": opset(target), **_digest(target), "int8": lost}
 
 
 def _digest(path: Path) -> dict[str, Any]:

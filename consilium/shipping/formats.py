@@ -138,13 +138,13 @@ def _write_torchscript(graph: Graph, job: Job, spec: Spec, path: Path) -> None:
         if job.task == "detection":
             module = torch.jit.script(_Detector(graph).eval())
         else:
-            module = torch.jit.trace(graph, example(job, spec), check_trace=False)
+            module = torch.jit.trace(graph, example(job, spec), check_trace=False)  # type: ignore[no-untyped-call]
         torch.jit.save(module, str(path))
 
 
 def _load_torchscript(path: Path, job: Job, spec: Spec) -> Runner:
     with quiet():
-        return _runs(torch.jit.load(str(path)).eval())
+        return _runs(torch.jit.load(str(path)).eval())  # type: ignore[no-untyped-call]
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
@@ -182,6 +182,14 @@ def _write_onnx(graph: Graph, job: Job, spec: Spec, path: Path) -> None:
             torch.onnx.export(
                 graph, inputs, str(path), dynamo=True, external_data=False, dynamic_shapes=shapes, **names
             )  # fmt: skip
+
+
+def opset(path: Path) -> int:
+    """The version of the ONNX operators a file uses."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    return max(int(item.version) for item in model.opset_import if item.domain in ("", "ai.onnx"))
 
 
 def load_onnx(path: Path, job: Job, spec: Spec) -> Runner:

@@ -1,7 +1,7 @@
 """The network as it is shipped: images in [0, 1] go in where constants normalise them, plain tensors come out.
 
-``Graph`` is what is exported. ``Shipped`` is the way back: it makes any program that runs an exported file look like the
-task's own network, so that the task's own code predicts and measures with it.
+``Graph`` is what is exported. ``Shipped`` is the way back: it makes any program that runs an exported file look like
+the task's own network, so that the task's own code predicts and measures with it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from shared.composed import flagged, stacked_channels
 from shared.config import Job
 from shared.imaging.augment import shift_and_scale
 from shared.tasks import load_task
+from shared.tasks.segmentation.models import crop_to, pad_to
 
 Runner = Callable[[Sequence[Tensor]], list[Tensor]]  # a file's inputs, in order, to its outputs
 
@@ -84,12 +84,12 @@ def spec_of(job: Job, model: nn.Module) -> Spec:
         return _spec_of_segmentation(job, model, values, shift, scale)
     if job.task == "detection":
         image = image._replace(shape=(1, *image.shape[1:]))
-        outputs = (
+        found = (
             Tensors("boxes", "float32", ("boxes", 4), "x1, y1, x2, y2 in pixels of the input, best first"),
             Tensors("labels", "int64", ("boxes",), "1 + the place of the class; 0 is the background"),
             Tensors("scores", "float32", ("boxes",), "how sure"),
         )
-        return Spec((image,), outputs, shift, scale)
+        return Spec((image,), found, shift, scale)
     if job.task == "reconstruction":
         rebuilt = Tensors("rebuilt", "float32", image.shape, "the image as the network rebuilds it, as the input")
         return Spec((image,), (rebuilt,), shift, scale)
@@ -108,8 +108,9 @@ def _spec_of_segmentation(
 ) -> Spec:
     axes = load_task(job.task).models.dimensions(job)
     names = ("depth", "height", "width")[-axes:]
-    shape = ("batch", stacked_channels(job), *names)
-    outputs = [Tensors("logits", "float32", ("batch", 1 + len(job.classes), *names), "channel 0 is the background")]
+    shape: tuple[int | str, ...] = ("batch", stacked_channels(job), *names)
+    whole: tuple[int | str, ...] = ("batch", 1 + len(job.classes), *names)
+    outputs = [Tensors("logits", "float32", whole, "channel 0 is the background")]
     if job.labels:
         outputs.append(Tensors("image_logits", "float32", ("batch", len(job.labels)), "of the whole image"))
     least = tuple(model.extent([1] * axes))  # type: ignore[operator]
@@ -119,6 +120,9 @@ def _spec_of_segmentation(
 
 class Graph(nn.Module):
     """The network of a job with its constants of normalisation before it, and plain tensors behind it."""
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, model: nn.Module, job: Job, spec: Spec) -> None:
         super().__init__()
@@ -174,7 +178,7 @@ class Shipped(nn.Module):
             return found[0]
         size = first.shape[2:]
         logits, *of_image = self.run([self.padded(taken[0])])
-        logits = logits[(..., *(slice(0, side) for side in size))]
+        logits = crop_to(logits, size)
         return (logits, of_image[0]) if of_image else logits
 
     def padded(self, images: Tensor) -> Tensor:
@@ -184,10 +188,7 @@ class Shipped(nn.Module):
             max(low, -(-side // unit) * unit)
             for side, unit, low in zip(size, self.spec.multiples, self.spec.least, strict=True)
         ]
-        missing = [want - side for want, side in zip(wanted, size, strict=True)]
-        if not any(missing):
-            return images
-        return pad(images, [side for more in reversed(missing) for side in (0, more)], mode="replicate")
+        return pad_to(images, wanted)
 
     def _normalised(self, images: Tensor) -> Tensor:
         if not self.spec.shift:
