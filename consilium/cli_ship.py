@@ -90,7 +90,7 @@ def registry() -> None:
 @click.argument("file", type=Path)
 def registry_keygen(file: Path) -> None:
     """Make the key that signs releases: FILE stays with the coordinator, FILE.pub goes to whoever verifies."""
-    from consilium.registry import keygen
+    from consilium.signing import keygen
 
     public, digest = keygen(file)
     click.echo(f"private: {file}  (keep it off the registry's machine if you can)")

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from consilium.signing import fingerprint, read_private, read_public, to_pem
 from server.card import CARD, write_card
 from server.record import read_record
 from shared import __version__
@@ -44,67 +44,6 @@ class Fault(NamedTuple):
     what: str
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
-
-
-def keygen(path: Path) -> tuple[Path, str]:
-    """Write a new private key (PEM, for its owner's eyes) and its public half beside it; gives that and its print.
-
-    Raises:
-        UserError: there is a file of that name, or it cannot be written.
-    """
-    public = path.with_name(path.name + ".pub")
-    if path.exists() or public.exists():
-        raise UserError(f"{path}: there is a key of that name already; name another file")
-    key = Ed25519PrivateKey.generate()
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key.private_bytes(*form))
-        public.write_bytes(_pem(key.public_key()))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    return public, fingerprint(key.public_key())
-
-
-def _pem(key: Ed25519PublicKey) -> bytes:
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def fingerprint(key: Ed25519PublicKey) -> str:
-    """SHA-256 of the raw public key, in hexadecimal."""
-    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return hashlib.sha256(raw).hexdigest()
-
-
-def _private(path: Path) -> Ed25519PrivateKey:
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; `consilium registry keygen` makes a key") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: is no unencrypted private key; `consilium registry keygen` makes one") from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"{path}: is not an Ed25519 key; `consilium registry keygen` makes one")
-    return key
-
-
-def _public(path: Path) -> Ed25519PublicKey:
-    try:
-        content = path.read_bytes()
-        key = serialization.load_pem_public_key(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path}: is no public key (PEM)") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise UserError(f"{path}: is not an Ed25519 key")
-    if content != _pem(key):
-        raise UserError(f"{path}: was changed since it was written")
-    return key
-
-
 # --- adding -----------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +59,7 @@ def add(folder: Path, run: Path, name: str, version: str, key: Path, also: Path 
     for what, word in (("--name", name), ("--version", version)):
         if not NAME.fullmatch(word) or word.endswith("."):
             raise UserError(f"{what} {word}: letters, digits and . _ + - only, beginning with a letter or digit")
-    signer, facts = _private(key), _provenance(run)
+    signer, facts = read_private(key), _provenance(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("a") as lock:
@@ -152,8 +91,8 @@ def _own(folder: Path, signer: Ed25519PrivateKey) -> None:
     """The registry takes releases of one key: the first one's."""
     path = folder / KEY
     if not path.exists() and not (folder / LOG).exists():
-        path.write_bytes(_pem(signer.public_key()))
-    if _public(path).public_bytes_raw() != signer.public_key().public_bytes_raw():
+        path.write_bytes(to_pem(signer.public_key()))
+    if read_public(path).public_bytes_raw() != signer.public_key().public_bytes_raw():
         raise UserError(f"{folder}: its releases are signed with another key ({KEY}); use that, or another --registry")
 
 
@@ -321,10 +260,10 @@ def verify(folder: Path, key: Path | None = None) -> tuple[list[Fault], str, str
     faults: list[Fault] = []
     own: Ed25519PublicKey | None = None
     try:
-        own = _public(folder / KEY)
+        own = read_public(folder / KEY)
     except UserError as error:
         faults.append(Fault(KEY, str(error)))
-    believed = _public(key) if key else own
+    believed = read_public(key) if key else own
     if believed is None:
         return faults, "", ""
     if own is not None and own.public_bytes_raw() != believed.public_bytes_raw():

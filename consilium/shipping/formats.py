@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -139,7 +140,8 @@ def _write_torchscript(graph: Graph, job: Job, spec: Spec, path: Path) -> None:
             module = torch.jit.script(_Detector(graph).eval())
         else:
             module = torch.jit.trace(graph, example(job, spec), check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(module, str(path))
+        facts = {"name": job.name, "task": job.task, "classes": list(job.classes), "sidecar": "model.json"}
+        torch.jit.save(module, str(path), _extra_files={"metadata.json": json.dumps(facts)})  # as MONAI looks for it
 
 
 def _load_torchscript(path: Path, job: Job, spec: Spec) -> Runner:
