@@ -121,7 +121,8 @@ def registry_list(folder: Path) -> None:
     from consilium.registry import entries
 
     for entry in entries(folder):
-        name, row = next(iter(entry["metrics"].items()), ("", None))
+        name = entry["best_metric"]
+        row = entry["metrics"].get(name)
         figure = "no test figure"
         if row and row["value"] is not None:
             figure = f"{name} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"

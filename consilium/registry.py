@@ -125,6 +125,7 @@ def _provenance(run: Path) -> dict[str, Any]:
         "trained_with": started.get("version"),
         "sites": len({row["site"] for event in record.rounds.values() for row in event["trained"]}),
         "test_images": own.get("images"),
+        "best_metric": record.metric,
         "metrics": {
             name: {"value": own[name], "low": own["intervals"][name][0], "high": own["intervals"][name][1], "n": n}
             for name, n in own.get("n", {}).items()

@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -49,7 +50,7 @@ def read_private(path: Path) -> Ed25519PrivateKey:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; `consilium registry keygen` makes a key") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(f"{path}: is no unencrypted private key; `consilium registry keygen` makes one") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(f"{path}: is not an Ed25519 key; `consilium registry keygen` makes one")
@@ -63,7 +64,7 @@ def read_public(path: Path) -> Ed25519PublicKey:
         key = serialization.load_pem_public_key(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise UserError(f"{path}: is no public key (PEM)") from None
     if not isinstance(key, Ed25519PublicKey):
         raise UserError(f"{path}: is not an Ed25519 key")
