@@ -90,7 +90,8 @@ def tensors(value: Any) -> list[Tensor]:
     """All tensors of what a network gives, in order."""
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value
+    # Detectors differ in the order of their dict; by name it is boxes, labels, scores.
+    parts = [value[name] for name in sorted(value)] if isinstance(value, dict) else value
     return [item for part in parts for item in tensors(part)]
 
 
@@ -100,11 +101,11 @@ def compare(pairs: Any, job: Job) -> Compared:
     same, of = 0, 0
     for found, expected in pairs:
         inputs += 1
+        if job.task == "detection":
+            found, expected = _sure_boxes(found), _sure_boxes(expected)
         if [part.shape for part in found] != [part.shape for part in expected]:
             worst = float("inf")
             continue
-        if job.task == "detection":
-            found, expected = _in_one_order(found), _in_one_order(expected)
         for a, b in zip(found, expected, strict=True):
             a, b = a.double(), b.double()
             numbers += b.numel()
@@ -118,9 +119,12 @@ def compare(pairs: Any, job: Job) -> Compared:
     return Compared(inputs, numbers, worst, same / of if of else 1.0)
 
 
-def _in_one_order(found: Sequence[Tensor]) -> list[Tensor]:
-    """Boxes, labels and scores sorted by label and place: of equal scores any may come first."""
-    boxes, labels, scores = found
+def _sure_boxes(found: Sequence[Tensor]) -> list[Tensor]:
+    """Boxes, labels and scores sorted by label and place: of equal scores any may come first. Those whose score is the
+    least that is kept, to the tolerance, are left out: rounding decides whether they are there."""
+    from shared.tasks.detection.models import LEAST_SCORE
+
+    boxes, labels, scores = (part[found[2] > LEAST_SCORE + TOLERANCE] for part in found)
     keys = torch.cat([labels[:, None].double(), boxes.double().mul(10).round()], 1).tolist()
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return [boxes[order], labels[order], scores[order]]

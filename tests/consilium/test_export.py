@@ -78,6 +78,8 @@ def saved(folder: Path, job: Job, seed: int = 0) -> tuple[Path, torch.nn.Module]
             value.add_(torch.randn(value.shape, generator=generator) * 0.05 * value.abs().mean().clamp(min=0.02))
             if name.endswith("cls_logits.bias"):
                 value.fill_(-0.5)
+            if name.endswith("cls_logits.weight"):
+                value.mul_(4)  # else all boxes are as sure as each other, and chance says which are kept
         for name, value in model.named_buffers():  # what BatchNorm and the generator's average hold
             if value.is_floating_point() and not name.startswith("reference."):
                 value.mul_(1 + 0.1 * torch.rand(value.shape, generator=generator))
