@@ -12,6 +12,7 @@ from consilium.cli_federation import provision, site_fingerprint, site_keygen
 from consilium.cli_log import site_log
 from consilium.cli_run import run, server
 from consilium.cli_runs import STORE_HELP, runs
+from consilium.cli_ship import card, export, registry
 from consilium.cli_survey import survey
 from consilium.cli_trained import audit, explain, generate, predict
 from shared import __version__
@@ -65,6 +66,7 @@ def commands() -> None:
     Whoever has a trained model, the folder RUN that simulate wrote:
       consilium predict RUN IMAGES --out FOLDER
       consilium explain RUN --image FILE --out FILE.png
+      consilium export RUN --out FOLDER
 
     A job is a TOML file; `consilium job --keys` explains every setting, `consilium models` lists the networks.
     """
@@ -151,6 +153,9 @@ commands.add_command(generate)
 commands.add_command(explain)
 site.add_command(site_log)
 commands.add_command(audit)
+commands.add_command(export)
+commands.add_command(card)
+commands.add_command(registry)
 commands.add_command(provision)
 site.add_command(site_keygen)
 site.add_command(site_fingerprint)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium.progress import showing
+from server.card import write_card
 from server.control import Control, Status
 from server.database.engine import open_database, without_password
 from server.federation import Folder
@@ -149,6 +150,7 @@ class Runs:
             try:
                 write_json(folder / "result.json", facts | {"federated": run_scores(folder)})
                 write_report(folder, str(self._submitted(name)["config"].get("run.store", "")))
+                write_card(folder)
             except OSError as error:
                 print(f"no report: {folder} cannot be written: {error.strerror}")
         if status.outcome == "completed" and self._complete(name):

@@ -92,9 +92,11 @@ def run(
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= _collect(folder, others)
     write_json(folder / "result.json", result)
+    from server.card import write_card
     from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
 
     write_report(folder, store)
+    write_card(folder)
     if failures:
         raise RunFailed("; ".join(failures))
     return Result(folder)
