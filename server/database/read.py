@@ -246,22 +246,25 @@ def sites(db: Engine) -> list[Row]:
     names = ("node", "train", "val", "test", "classes", "skipped", "reason", "surveyed")
     same = and_(t.site.c.run == latest.c.last_run, t.site.c.name == latest.c.name)
     asked = select(latest, *(t.site.c[name] for name in names)).join(t.site, same).order_by(latest.c.name)
-    lost = select(t.site_round.c.site, func.count().label("dropped"), func.max(t.site_round.c.event).label("event"))
-    lost = lost.where(t.site_round.c.reason.is_not(None)).group_by(t.site_round.c.site)
+    unused = t.site_round.c.reason.is_not(None)
+    counts = select(t.site_round.c.site, func.count().label("dropped"), func.max(t.site_round.c.event).label("event"))
+    lost = counts.where(unused).group_by(t.site_round.c.site).subquery()
+    last = select(lost.c.site.label("name"), lost.c.dropped, t.site_round.c.reason.label("last_reason"))
+    last = last.add_columns(t.event.c.time.label("last_dropped")).join_from(lost, t.event, t.event.c.id == lost.c.event)
+    row_ = and_(t.site_round.c.event == lost.c.event, t.site_round.c.site == lost.c.site, unused)
+    last = last.join(t.site_round, row_)
     with db.connect() as connection:
         found = {row["name"]: row | _NOTHING for row in plain(connection, asked)}
-        for row in connection.execute(lost):
-            if row.site in found:
-                found[row.site] |= {"dropped": row.dropped, "event": row.event}
+        for row in plain(connection, last):
+            if row["name"] in found:
+                found[row["name"]] |= row
         told = {id: _last_epsilon(connection, id) for id in {row["last_run"] for row in found.values()}}
-        for name, own in found.items():
-            own["epsilon"] = told[own["last_run"]].get(name)
-            if (event := own.pop("event")) is not None:
-                own |= _last_lost(connection, event, name)
+    for name, own in found.items():
+        own["epsilon"] = told[own["last_run"]].get(name)
     return list(found.values())
 
 
-_NOTHING: Row = {"epsilon": None, "dropped": 0, "last_reason": None, "last_dropped": None, "event": None}
+_NOTHING: Row = {"epsilon": None, "dropped": 0, "last_reason": None, "last_dropped": None}
 
 
 def _last_epsilon(connection: Any, id: int) -> dict[str, float]:
@@ -269,13 +272,6 @@ def _last_epsilon(connection: Any, id: int) -> dict[str, float]:
     asked = select(t.site_round.c.site, t.site_round.c.epsilon).join_from(t.event, t.site_round)
     asked = asked.where(t.event.c.run == id, t.event.c.kind == "round", t.site_round.c.epsilon.is_not(None))
     return {row.site: row.epsilon for row in connection.execute(asked.order_by(t.event.c.round))}
-
-
-def _last_lost(connection: Any, event: int, name: str) -> Row:
-    asked = select(t.site_round.c.reason, t.event.c.time).join_from(t.event, t.site_round)
-    asked = asked.where(t.site_round.c.event == event, t.site_round.c.site == name, t.site_round.c.reason.is_not(None))
-    row = connection.execute(asked).first()
-    return {"last_reason": row.reason, "last_dropped": row.time} if row is not None else {}
 
 
 def _whole(row: Row) -> Row:

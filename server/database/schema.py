@@ -136,6 +136,7 @@ Index(  # of the few that were not used, over all runs
     "site_round_dropped",
     site_round.c.site,
     site_round.c.event,
+    site_round.c.reason,
     sqlite_where=site_round.c.reason.is_not(None),
     postgresql_where=site_round.c.reason.is_not(None),
 )

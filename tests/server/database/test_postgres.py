@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from sqlalchemy import inspect, select, text
+from sqlalchemy import Engine, inspect, select, text
 
 from server.database import read
 from server.database.engine import open_database
@@ -87,6 +87,23 @@ def test_those_who_follow_at_once_write_nothing_twice(url: str, tmp_path: Path) 
     followed_at_once(url, tmp_path / "run")
 
 
+def answers(db: Engine, folder: Path) -> list[object]:
+    """To every question; what a database calls its runs, and where their folders lie from it, is its own affair."""
+    id = read.find(db, folder)
+    assert id is not None
+    questions = [read.events, read.rounds, read.site_grid, read.evaluations, read.site_metrics, read.test_sums]
+    questions += [read.privacy, read.timings, read.warnings, read.surveyed]
+    rows = [read.run(db, id), *read.run(db, id)["children"]]
+    listed = [row for row in read.runs(db, limit=1000)[0] if row["id"] == id]
+    sites = [{k: v for k, v in row.items() if k != "last_run"} for row in read.sites(db) if row["name"] in "abc"]
+    own = ("id", "path", "parent", "children")
+    return [
+        *(question(db, id) for question in questions),
+        [{k: v for k, v in row.items() if k not in own} for row in [*rows, *listed]],
+        sites,
+    ]
+
+
 def test_a_simulation_with_baselines_is_written_there(
     url: str, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
@@ -101,6 +118,10 @@ def test_a_simulation_with_baselines_is_written_there(
     assert row["test_value"] == result.scores["federated"]["auroc"]
     assert {Path(child["path"]).name for child in row["children"]} == {"pooled", "local-a", "local-b", "local-c"}
     assert take_in(db, result.folder) == ([], [])
+    other = open_database(tmp_path / "other.sqlite")
+    take_in(other, result.folder)
+    assert answers(db, result.folder) == answers(other, result.folder)
+    other.dispose()
     moved = {name: sum(e["bytes"][name][1] for e in read.events(db, id, ["round"])) for name in "abc"}
     assert {name: of["up"] for name, of in read.timings(db, id)["sites"].items()} == moved
     db.dispose()
