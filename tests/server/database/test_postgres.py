@@ -30,7 +30,7 @@ def url() -> Iterator[str]:
         yield url
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(happenings=journals)
 def test_it_says_what_the_journal_says(url: str, happenings: list[Event]) -> None:
     db = open_database(url)

@@ -77,7 +77,7 @@ def followed_at_once(store: str, folder: Path) -> None:
     """Several bring one journal in at the same time."""
     own = Store(folder, None)
     for number in range(30):
-        own.add("round", round=number, trained=[], dropped=[{"site": "a", "reason": "no-reply"}], seconds=1.0)
+        own.add("round", round=number, trained=[], dropped=[{"site": "elsewhere", "reason": "no-reply"}], seconds=1.0)
     with ThreadPoolExecutor(4) as pool:
         engines = list(pool.map(lambda _: open_database(store), range(4)))
         ids = set(pool.map(lambda db: follow(db, folder), engines))
@@ -134,7 +134,7 @@ def plainly(rows: Iterable[Iterable[float]]) -> list[str]:
     return sorted(repr(tuple(x + 0 for x in row)) for row in rows)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(journals)
 def test_the_store_says_what_the_journal_says(happenings: list[Event]) -> None:
     with tempfile.TemporaryDirectory() as name:
