@@ -26,7 +26,10 @@ from safetensors.torch import load_file
 
 from client.egress_log import verify
 from server.control import Control
+from server.database import read
+from server.database.engine import STORE, open_database
 from server.federation import Folder
+from server.store import read_events
 from shared.bundle import release
 from shared.config import job_from_flat, load_job
 from simulations.simulate import run as simulate
@@ -92,6 +95,17 @@ def same(one: Path, other: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def stored(folder: Path) -> None:
+    """The store of the federation has the whole run, without a word of complaint."""
+    db = open_database(folder.parent / STORE, create=False)
+    id = read.find(db, folder)
+    assert id is not None
+    assert read.events(db, id) == read_events(folder)
+    assert read.run(db, id)["status"] == "finished"
+    assert not [row for row in read.warnings(db, id) if "store" in row.get("text", "")]
+    db.dispose()
+
+
 def test_the_model_is_that_of_the_simulation(live: Live, job: Path, undisturbed: Path, tmp_path: Path) -> None:
     simulate(load_job(job), live.path.parent / "hospitals", tmp_path / "simulated")
     for name in ("model", "last"):
@@ -119,6 +133,8 @@ def test_the_server_app_is_killed_and_the_run_resumed(live: Live, job: Path, und
     live.consilium("run", "--federation", live.path, "--resume", name)
     assert live.events(name, "start")[1]["resumed_after"] in (1, 2, 3)
     same(undisturbed, live.folder(name))
+    stored(live.folder(name))
+    assert f"{name}  tiny: finished 4/4 rounds, 3 sites" in live.consilium("runs", "list", live.path)
     assert "complete" in live.consilium("run", "--federation", live.path, "--resume", name, code=2)
 
 
@@ -229,6 +245,7 @@ def test_a_full_disk_at_the_server_loses_nothing(live: Live, job: Path, undistur
         filler.unlink()
         live.consilium("run", "--federation", live.path, "--resume", name)
         same(kept, live.folder(name))
+        stored(live.folder(name))
     finally:
         subprocess.run(["umount", live.path / "runs"], check=True)
 
