@@ -147,6 +147,7 @@ def registry_verify(folder: Path, key: Path | None) -> None:
     if faults:
         click.echo(f"{folder}: {len(faults)} faults; do not use these models before they are explained")
         sys.exit(1)
-    click.echo(f"{len(entries(folder))} releases are as they were signed")
+    count = len(entries(folder))
+    click.echo("the one release is as it was signed" if count == 1 else f"all {count} releases are as they were signed")
     click.echo(f"key SHA-256 {digest}" + ("" if key else "  (the registry's own; compare it, or give --key)"))
     click.echo(f"last line SHA-256 {last}  (keep it: a log cut off at its end shows by it)")

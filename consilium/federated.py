@@ -149,8 +149,9 @@ class Runs:
             facts = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
             try:
                 write_json(folder / "result.json", facts | {"federated": run_scores(folder)})
-                write_report(folder, str(self._submitted(name)["config"].get("run.store", "")))
-                write_card(folder)
+                store = str(self._submitted(name)["config"].get("run.store", ""))
+                write_report(folder, store)
+                write_card(folder, store)
             except OSError as error:
                 print(f"no report: {folder} cannot be written: {error.strerror}")
         if status.outcome == "completed" and self._complete(name):

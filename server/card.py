@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.markdown import listed, plain, table
 from server.record import Record, count, has, lost_replies, read_record, reason_words, spans, value_of
 from server.store import write_text
-from server.wording import metric_name, number, privacy_words
+from server.wording import metric_name, number, privacy_words, with_interval
 from shared import __version__
 from shared.tasks import TASKS
 
@@ -33,15 +32,15 @@ _PIPELINES = {
 _TO_FILL = "_The run does not say. Whoever releases the model writes it here._"
 
 
-def write_card(folder: Path) -> Path:
-    """Write ``folder``/model_card.md from what the run's folder holds; gives its path."""
-    write_text(folder / CARD, model_card(folder))
+def write_card(folder: Path, store: str = "") -> Path:
+    """Write ``folder``/model_card.md from the run's store and its folder; gives its path."""
+    write_text(folder / CARD, model_card(folder, store))
     return folder / CARD
 
 
-def model_card(folder: Path) -> str:
+def model_card(folder: Path, store: str = "") -> str:
     """The card of a run as Markdown; the same folder gives the same card."""
-    record = read_record(folder)
+    record = read_record(folder, store)
     sections = {
         "Model details": _details(record),
         "Intended use": _use(record),
@@ -57,23 +56,6 @@ def model_card(folder: Path) -> str:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
-
-
-def plain(value: object) -> str:
-    """Text from a file so that it stays text in Markdown: one line, its special characters escaped."""
-    text = re.sub(r"\s+", " ", str(value)).strip()
-    return re.sub(r"([\\`*_{}\[\]<>#|!~])", r"\\\1", text)
-
-
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(item) for item in line) + " |" for line in lines)
-
-
-def listed(items: Iterable[str]) -> str:
-    """A Markdown list."""
-    return "\n".join(f"- {item}" for item in items)
 
 
 def _quoted(value: object) -> str:
@@ -250,15 +232,25 @@ def _evaluation(record: Record) -> str:
     if record.worst:
         worst = value_of(own["sites"][record.worst], record.metric)
         text += f"\n\nWorst site: {plain(record.worst)}, {metric_name(record.metric)} {worst}."
-    return text + "\n\nFigures of subgroups (sex, age, scanner): " + _subgroups(record)
+    text += _calibration(own["calibration"]) if own.get("calibration") else ""
+    return f"{text}\n\nFigures of subgroups (sex, age, scanner): not in this run."
 
 
 def _head(record: Record, metric: str) -> str:
     return plain(metric_name(metric, True)) + (" (less is better)" if record.direction(metric) < 0 else "")
 
 
-def _subgroups(record: Record) -> str:
-    return "not in this run."
+def _calibration(found: dict[str, dict[str, Any]]) -> str:
+    """How far the probabilities are those of being right, by class."""
+
+    def line(name: str, row: dict[str, Any]) -> list[str]:
+        (error, brier) = (with_interval(*row[key][:3]) for key in ("calibration_error", "brier"))
+        return [plain(name), error, brier, f"{row['n']:,}"]
+
+    rows = [line(name, row) for name, row in found.items()]
+    return "\n\nProbabilities (0 is best in both):\n\n" + table(
+        ["Class", "Expected calibration error", "Brier score", "n"], rows
+    )
 
 
 def _privacy(record: Record) -> str:

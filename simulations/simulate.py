@@ -96,7 +96,7 @@ def run(
     from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
 
     write_report(folder, store)
-    write_card(folder)
+    write_card(folder, store)
     if failures:
         raise RunFailed("; ".join(failures))
     return Result(folder)

@@ -146,7 +146,10 @@ def _write_torchscript(graph: Graph, job: Job, spec: Spec, path: Path) -> None:
 
 def _load_torchscript(path: Path, job: Job, spec: Spec) -> Runner:
     with quiet():
-        return _runs(torch.jit.load(str(path)).eval())  # type: ignore[no-untyped-call]
+        run = _runs(torch.jit.load(str(path)).eval())  # type: ignore[no-untyped-call]
+        if job.task == "detection":  # torchvision's scripted detectors warn when they are first called
+            run(example(job, spec))
+    return run
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ def loss_of(
     if data is None:
         return facts | {"metric_loss": "not measured: no images were given (--images SITE.toml has labels)"}
     moved = on_images(model, run, job, spec, data)
-    facts |= {"images": moved.inputs, "largest_difference": moved.difference}
+    facts |= {"images": moved.inputs}
+    if job.task != "detection":  # boxes that differ in number have no difference
+        facts |= {"largest_difference": moved.difference}
     if job.task in ("classification", "sequence", "segmentation"):
         facts["same_decision"] = moved.alike
     if not labelled:
@@ -74,4 +76,4 @@ def _metrics(network: nn.Module, data: Dataset, job: Job) -> dict[str, float]:
     task = load_task(job.task)
     with torch.inference_mode():
         sums = task.collect(network, data, job, CPU)
-    return {name: found.value for name, found in task.summarise(sums, job).items() if found.n}
+    return {name: float(found.value) for name, found in task.summarise(sums, job).items() if found.n}

@@ -445,6 +445,9 @@ def test_monai_verifies_and_loads_the_folder(
     configs = tmp_path / "bundle" / "configs"
     monkeypatch.chdir(tmp_path / "bundle")
     verify_net_in_out("network_def", str(configs / "metadata.json"), str(configs / "inference.json"), device="cpu")
+    mandatory = "version changelog monai_version pytorch_version numpy_version task description authors copyright"
+    facts = json.loads((configs / "metadata.json").read_text())
+    assert {*mandatory.split(), "network_data_format", "required_packages_version"} <= set(facts)
     parser = ConfigParser()
     parser.read_config(str(configs / "inference.json"))
     parser.read_meta(str(configs / "metadata.json"))

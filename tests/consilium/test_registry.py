@@ -307,7 +307,7 @@ def test_the_commands(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(word in said for word in ("2 sites", "no DP", tiny_job.sha256[:12], "auroc"))
     code, said, _ = called(capsys, "verify", *folder, "--key", tmp_path / "release.pub")
     assert code == 0
-    assert "1 releases are as they were signed" in said
+    assert "the one release is as it was signed" in said
     assert digest in said
     (tmp_path / "registry" / "chest" / "1.0" / "job.toml").write_text("name = 'other'\n")
     code, said, _ = called(capsys, "verify", *folder)

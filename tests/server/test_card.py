@@ -14,16 +14,19 @@ import pytest
 import yaml
 
 from consilium.cli import main
-from server.card import model_card, plain, write_card
+from server.card import model_card, write_card
+from server.markdown import plain
 from server.record import value_of
-from server.store import Store, read_events, write_json
+from server.store import read_events, write_json
 from shared.config import Job
 from simulations.simulate import run
 
 
 @pytest.fixture
 def finished(tiny_job: Job, three_sites: Path, tmp_path: Path) -> Path:
-    run(tiny_job, three_sites, tmp_path / "run", workers=1)
+    """A run that was handed on: its folder, away from the store, so that the tests can change its journal."""
+    run(tiny_job, three_sites, tmp_path / "first" / "run", workers=1)
+    shutil.copytree(tmp_path / "first" / "run", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -47,9 +50,9 @@ def edit(folder: Path, kind: str, change: Any) -> None:
             file.write(json.dumps(event) + "\n")
 
 
-def test_a_run_ends_with_a_card_beside_its_report(finished: Path) -> None:
+def test_a_run_ends_with_a_card_beside_its_report(finished: Path, tmp_path: Path) -> None:
     card = (finished / "model_card.md").read_text()
-    assert card == model_card(finished)
+    assert card == model_card(finished) == model_card(tmp_path / "first" / "run"), "journal and store say the same"
     assert (finished / "report.html").is_file()
     headings = re.findall(r"^## (.*)$", card, re.MULTILINE)
     assert headings == ["Model details", "Intended use", "Training data", "Training procedure", "Evaluation", "Privacy",
@@ -69,6 +72,16 @@ def test_the_figures_are_those_of_result_json(finished: Path) -> None:
     details = dict(rows(card, "Model details"))
     assert details["Round kept"] == str(own["best_round"])
     assert f"{own['gradient_steps']:,} gradient steps" in card
+
+
+def test_calibration_is_that_of_result_json(finished: Path) -> None:
+    own = json.loads((finished / "result.json").read_text())["federated"]["calibration"]
+    card = model_card(finished)
+    assert own
+    for name, row in own.items():
+        shown = [[f"{value:.3f}".removeprefix("0") for value in row[key]] for key in ("calibration_error", "brier")]
+        words = [f"{value} [{low}, {high}]" for value, low, high in shown]
+        assert f"| {name} | {words[0]} | {words[1]} | {row['n']} |" in card
 
 
 def test_the_data_are_what_the_sites_told(finished: Path) -> None:
@@ -178,7 +191,8 @@ def test_a_folder_with_nothing_but_its_job_gives_a_card_that_says_so(tmp_path: P
 
 
 def test_warnings_and_lost_replies_are_limits(finished: Path) -> None:
-    Store(finished).add("warning", text="site c was away")
+    with (finished / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "warning", "time": 1.0, "text": "site c was away"}) + "\n")
     edit(finished, "round", lambda event: event["dropped"].append({"site": "c", "reason": "no-reply"}))
     card = model_card(finished)
     assert "- site c was away" in card
