@@ -52,6 +52,12 @@ export function withInterval(figure, words) {
   return number(figure.value, words) + (interval ? ` [${number(figure.low, words)}, ${number(figure.high, words)}]` : '');
 }
 
+/** The value large, its interval below it. */
+export function headline(figure, words) {
+  const [value, ...interval] = withInterval(figure, words).split(' ');
+  return interval.length ? h('span', {}, value, h('small', {}, interval.join(' '))) : value;
+}
+
 export const count = value => isNumber(value) ? value.toLocaleString('en') : NONE;
 export const epsilon = value => isNumber(value) ? String(Number(value.toPrecision(3))) : NONE;
 export const plural = (n, one, several = one + 's') => `${count(n)} ${n === 1 ? one : several}`;

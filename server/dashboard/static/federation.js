@@ -13,7 +13,7 @@ export async function show(main) {
 }
 
 function about(server) {
-  if (!server) return h('p', {class: 'note'}, 'From the runs in the store. Who is connected now is shown when the dashboard is started with --federation.');
+  if (!server) return h('p', {class: 'note'}, 'From the runs in the store. Who is connected now is shown when the dashboard is started with ', h('code', {class: 'nowrap'}, '--federation DIR'), '.');
   const online = Object.values(server.sites).filter(site => site.online).length, days = server.certificate;
   return [
     server.running ? null : h('p', {class: 'bad'}, server.reason),

@@ -1,5 +1,5 @@
 // What a run has made: best and last model with their hashes, model card, report.
-import {ask, badge, bytes, facts, fill, h, live, number, withInterval} from './base.js';
+import {ask, badge, bytes, facts, fill, h, headline, live, number, withInterval} from './base.js';
 import {tabs} from './run.js';
 
 export async function show(main, id) {
@@ -13,7 +13,7 @@ export async function show(main, id) {
     const [found, model] = await Promise.all([ask(api), ask(api + '/model')]);
     const words = found.metrics.find(one => one.key === found.run.metric) ?? {name: found.run.metric}, run = found.run;
     fill(head, () => facts([['State', badge(run.status)],
-      [`Test ${words.name}, all sites`, withInterval({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
+      [`Test ${words.name}, all sites`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       ['Kept', run.best_round === null ? '–' : `round ${run.best_round}, ${words.name} ${number(run.best_value, words)} on validation images`],
       ['Rule', `${words.direction < 0 ? 'smallest' : 'largest'} ${words.name} on validation images; of equals the earlier`]]), run);
     fill(files, () => fileList(model, api), model);

@@ -1,5 +1,5 @@
 // One run: warnings first, then the global metric, the sites, who trained when, privacy, time and bytes.
-import {ask, badge, bytes, count, epsilon, facts, fill, h, live, number, plural, seconds, spans, table, time, withInterval} from './base.js';
+import {ask, badge, bytes, count, epsilon, facts, fill, h, headline, live, number, plural, seconds, spans, table, time, withInterval} from './base.js';
 import {curve, draw, escaped, spark} from './charts.js';
 import {gridOf} from './grid.js';
 
@@ -56,7 +56,7 @@ function header({run, metrics, stoppable}, api, update) {
   return [
     facts([
       ['State', badge(run.status)],
-      [`Test ${words.name}, all sites`, withInterval({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
+      [`Test ${words.name}, all sites`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       [`Best ${words.name}, validation`, run.best_value === null ? '–' : `${number(run.best_value, words)} at round ${run.best_round}`],
       ['Rounds', `${count(run.done)} of ${count(run.rounds)}`],
       ['Sites', count(run.sites)], ['Started', time(run.started)],
@@ -142,7 +142,7 @@ function showSites(local, by) {
     h('ul', {class: 'multiples'}, names.map(name => {
       const last = local.sites[name].filter(point => point[1] !== null).at(-1);
       const text = last ? withInterval({value: last[1], low: last[2], high: last[3]}, words) : '–';
-      return h('li', {}, h('header', {}, h('h3', {}, name), h('span', {class: 'nowrap'}, last ? number(last[1], words) : '–')),
+      return h('li', {}, h('header', {}, h('h3', {}, name), h('span', {class: 'nowrap'}, last ? number(last[1], words) : 'no figure')),
         spark(local.sites[name], whole, bounds, `${words.name} at ${name} by round; last ${text}`),
         h('div', {class: 'axis'}, h('span', {}, `round ${bounds.first}`), h('span', {}, String(bounds.last))));
     }))];
