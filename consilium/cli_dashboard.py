@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -51,4 +52,4 @@ def _usual(federation: Path | None) -> Path:
 
 def _say(text: str) -> None:
     click.echo(text)
-    click.get_text_stream("stdout").flush()
+    sys.stdout.flush()

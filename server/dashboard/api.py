@@ -14,6 +14,7 @@ from server.dashboard import models, views
 from server.dashboard.federation import FederationView
 from server.dashboard.live import Watcher
 from server.database import read
+from server.record import reason_words
 from shared import __version__
 from shared.errors import UserError
 
@@ -23,11 +24,8 @@ Row = dict[str, Any]
 Id = Annotated[int, Path(ge=1, le=2**63 - 1)]
 Round = Annotated[int | None, Query(ge=1, le=10**6)]
 Metric = Annotated[str, Query(max_length=96, pattern=r"^[^\x00-\x1f]*$")]
-Sort = Literal[
-    *(f"{sign}{name}" for sign in ("", "-") for name in ("started", "updated", "name", "task", "model", "status", "done")),
-    *(f"{sign}{name}" for sign in ("", "-") for name in ("sites", "best_value", "test_value", "dropped", "warnings")),
-    *(f"{sign}{name}" for sign in ("", "-") for name in ("seconds", "rounds")),
-]  # fmt: skip
+_SORTED = "started|updated|name|task|model|status|done|rounds|sites|best_value|test_value|dropped|warnings|seconds"
+Sort = Annotated[str, Query(pattern=f"^-?({_SORTED})$")]
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such run, or it has no such file."}}
 router = APIRouter(prefix="/api", responses={401: {"description": "Sign in with the token."}})
 
@@ -235,7 +233,7 @@ def federation(request: Request) -> Response:
         row["allowed"] = job.get("privacy.epsilon") or None
         row["classes"] = views.class_counts(row["classes"], job)
         for key in ("reason", "last_reason"):
-            row[f"{key}_words"] = views.reason_words(row[key]) if row[key] else ""
+            row[f"{key}_words"] = reason_words(row[key]) if row[key] else ""
     return _json({"sites": rows, "server": view.look() if view else None})
 
 

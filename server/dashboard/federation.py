@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from server.control import Control
 from server.federation import Folder
-from server.status import days_left
+from server.pki import days_left
 from shared.errors import UserError
 
 FRESH = 1.5  # seconds that an answer of the server is used for
@@ -42,7 +45,8 @@ class FederationView:
         except (UserError, OSError) as error:
             found |= {"running": False, "reason": str(error)}
         try:
-            found["certificate"] = days_left(self.folder)
+            certificate = x509.load_pem_x509_certificate(self.folder.server_cert.read_bytes())
+            found["certificate"] = math.floor(days_left(certificate))
         except (OSError, ValueError):
             found["certificate"] = None
         found["sites"] = sites

@@ -114,9 +114,7 @@ class Guard:
             return _error(403, "this request comes from another site")
         return None
 
-    def _sign_in(
-        self, scope: Scope, tokens: list[str], query: Iterable[tuple[str, str]], host: str
-    ) -> Response:
+    def _sign_in(self, scope: Scope, tokens: list[str], query: Iterable[tuple[str, str]], host: str) -> Response:
         """Take the token out of the address, and into a cookie that no script can read."""
         if len(tokens) != 1 or not self.access.right(tokens[0], self.access.token):
             return _unknown(Headers(scope=scope))

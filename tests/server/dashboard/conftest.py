@@ -50,9 +50,17 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dashboard")
     data = make_sites(folder / "data", north=48, hill=32, river=40)
     run(make_job(), data, folder / "runs" / "first", workers=1, baselines=True)
-    private = make_job(name="private", privacy__dp="local", privacy__epsilon=50.0, privacy__sampling_rate=0.5, train__class_weights="none")
+    private = make_job(
+        name="private",
+        privacy__dp="local",
+        privacy__epsilon=50.0,
+        privacy__sampling_rate=0.5,
+        train__class_weights="none",
+    )
     run(private, data, folder / "runs" / "second", workers=1)
-    card = "# Card of *tiny*\n\n<script>alert(1)</script>\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[x](javascript:alert(1))\n"
+    card = (
+        "# Card of *tiny*\n\n<script>alert(1)</script>\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[x](javascript:alert(1))\n"
+    )
     (folder / "runs" / "first" / "model_card.md").write_text(card)
     return folder / "runs"
 

@@ -19,7 +19,9 @@ def scores_of(figures: dict[str, Any], images: int) -> dict[str, Any]:
     return found | {"intervals": {name: [row["low"], row["high"]] for name, row in figures.items()}}
 
 
-def test_the_test_figures_are_those_of_result_json(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:
+def test_the_test_figures_are_those_of_result_json(
+    signed_in: TestClient, ids: dict[str, int], runs_folder: Path
+) -> None:
     for name, id in ids.items():
         result = json.loads((runs_folder / name / "result.json").read_text())["federated"]
         shown = signed_in.get(f"/api/runs/{id}/test").json()
@@ -127,7 +129,18 @@ def test_a_model_card_brings_no_markup_along(signed_in: TestClient, ids: dict[st
 
 
 def test_a_run_that_is_not_there_is_404(signed_in: TestClient) -> None:
-    for path in ("", "/course", "/test", "/sites", "/grid", "/rounds", "/privacy", "/warnings", "/model", "/model/best/file"):
+    for path in (
+        "",
+        "/course",
+        "/test",
+        "/sites",
+        "/grid",
+        "/rounds",
+        "/privacy",
+        "/warnings",
+        "/model",
+        "/model/best/file",
+    ):
         assert signed_in.get(f"/api/runs/999{path}").status_code == 404
 
 

@@ -49,7 +49,13 @@ def test_the_token_becomes_a_cookie_and_leaves_the_address(client: TestClient) -
 
 
 def test_signing_in_leads_nowhere_else(client: TestClient) -> None:
-    for path in ("//evil.example", "/\\evil.example", "///evil.example/x", "/%5c%5cevil.example", "/%2f%2fevil.example"):
+    for path in (
+        "//evil.example",
+        "/\\evil.example",
+        "///evil.example/x",
+        "/%5c%5cevil.example",
+        "/%2f%2fevil.example",
+    ):
         answer = client.get(f"http://127.0.0.1:8600{path}?token={TOKEN}", follow_redirects=False)
         location = answer.headers.get("location", "/")
         assert location.startswith("/")
