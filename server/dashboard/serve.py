@@ -68,6 +68,7 @@ def serve(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((plain, port))
+        listener.listen(128)  # before the address is said: who comes at once waits, and is not refused
     except OSError as error:
         listener.close()
         raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None

@@ -63,8 +63,8 @@ function runTable(rows, update) {
   h('button', {type: 'button', 'data-key': `sort-${key}`, onclick: () => { state.sort = state.sort === '-' + key ? key : '-' + key; state.offset = 0; update(); }}, text))
     : h('th', {scope: 'col', role: 'columnheader'}, text));
   // With roles of their own: on a narrow page rows are laid out as cards, which else are no table to a screen reader.
-  return h('table', {class: 'runs', role: 'table', 'aria-label': 'Runs'}, h('thead', {role: 'rowgroup'}, h('tr', {role: 'row'}, head)),
-    h('tbody', {role: 'rowgroup'}, rows.map(run => row(run, update))));
+  return h('div', {class: 'scroll'}, h('table', {class: 'runs', role: 'table', 'aria-label': 'Runs'}, h('thead', {role: 'rowgroup'}, h('tr', {role: 'row'}, head)),
+    h('tbody', {role: 'rowgroup'}, rows.map(run => row(run, update)))));
 }
 
 function row(run, update) {
@@ -79,7 +79,7 @@ function row(run, update) {
     cell('Sites', count(run.sites)),
     cell('Rounds', `${count(run.done)} of ${count(run.rounds)}`),
     cell('Best, validation', run.best_value === null ? '–' : h('span', {}, `${run.words.name} ${number(run.best_value, run.words)}`, h('span', {class: 'quiet'}, `, round ${run.best_round}`))),
-    cell('Test', h('span', {class: 'nowrap'}, withInterval({value: run.test_value, low: run.test_low, high: run.test_high}, run.words))),
+    cell('Test', withInterval({value: run.test_value, low: run.test_low, high: run.test_high}, run.words)),
     cell('Replies not used', count(run.dropped)),
     cell('Warnings', count(run.warnings)),
     cell('Started', h('span', {class: 'nowrap'}, time(run.started))),
