@@ -55,7 +55,7 @@ export function withInterval(figure, words) {
 /** The value large, its interval below it. */
 export function headline(figure, words) {
   const [value, ...interval] = withInterval(figure, words).split(' ');
-  return interval.length ? h('span', {}, value, h('small', {}, interval.join(' '))) : value;
+  return interval.length ? h('span', {}, value, h('small', {}, ' ' + interval.join(' '))) : value;
 }
 
 export const count = value => isNumber(value) ? value.toLocaleString('en') : NONE;
@@ -102,11 +102,12 @@ export function facts(pairs) {
 
 export function table(caption, head, rows, numeric = 1) {
   const place = i => i >= numeric ? 'number' : null;
-  return h('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption},
-    h('table', {}, h('caption', {}, caption),
+  // Not a <caption>: that is never wider than its table.
+  return h('div', {class: 'told'}, h('p', {class: 'note'}, caption), h('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption},
+    h('table', {'aria-label': caption},
       h('thead', {}, h('tr', {}, head.map((text, i) => h('th', {scope: 'col', class: place(i)}, text)))),
       h('tbody', {}, rows.map(row => h('tr', {}, row.map((cell, i) =>
-        i ? h('td', {class: place(i)}, cell) : h('th', {scope: 'row'}, cell)))))));
+        i ? h('td', {class: place(i)}, cell) : h('th', {scope: 'row'}, cell))))))));
 }
 
 export function problem(error) { return h('p', {class: 'bad', role: 'alert'}, error.message); }

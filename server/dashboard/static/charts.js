@@ -1,9 +1,10 @@
 // Plotly's figures in the page's colours, light and dark, and small lines without it.
 import {h} from './base.js';
 
-const SERIES = ['#0072B2', '#D55E00', '#009E73', '#BF5F98', '#7B68C8', '#97751B', '#5B8DB8', '#A0522D'];
+export const SERIES = ['#0072B2', '#D55E00', '#009E73', '#BF5F98', '#7B68C8', '#97751B', '#5B8DB8', '#A0522D'];
 const SHAPES = ['circle', 'diamond', 'square', 'triangle-up', 'x', 'triangle-down', 'star', 'hexagon'];
 const dark = matchMedia('(prefers-color-scheme: dark)');
+export const DASHES = ['solid', 'dash', 'dot', 'dashdot', 'longdash'];
 const drawn = new Map();
 let loading = null;
 
@@ -25,7 +26,7 @@ export async function draw(place, traces, {x = 'round', y = '', alt = '', unit =
   const Plotly = await plotly();
   if (!place.isConnected) { drawn.delete(place); return; }
   const axis = {gridcolor: colour('--line'), linecolor: colour('--muted'), zerolinecolor: colour('--line'), automargin: true};
-  const narrow = place.clientWidth < 480;
+  const narrow = place.clientWidth < 480, last = Math.max(...traces.flatMap(trace => trace.x), 0);
   const layout = {
     font: {family: 'system-ui, sans-serif', size: narrow ? 11 : 13, color: colour('--ink')},
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', height: 340, width: place.clientWidth,
@@ -33,7 +34,7 @@ export async function draw(place, traces, {x = 'round', y = '', alt = '', unit =
     legend: {orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom'}, dragmode: narrow ? false : 'zoom',
     barmode: bars ? 'group' : undefined, hovermode: 'closest',
     hoverlabel: {bgcolor: colour('--soft'), bordercolor: colour('--muted'), font: {color: colour('--ink')}, namelength: -1},
-    xaxis: {...axis, title: {text: x}, rangemode: 'tozero', tickformat: 'd'}, yaxis: {...axis, title: {text: y}, ...unit},
+    xaxis: {...axis, title: {text: x}, rangemode: 'tozero', tickformat: 'd', dtick: last <= 12 ? 1 : undefined}, yaxis: {...axis, title: {text: y}, ...unit},
   };
   place.setAttribute('role', 'img');
   place.setAttribute('aria-label', alt);

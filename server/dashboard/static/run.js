@@ -1,6 +1,6 @@
 // One run: warnings first, then the global metric, the sites, who trained when, privacy, time and bytes.
 import {ask, badge, bytes, count, epsilon, facts, fill, h, headline, live, number, plural, seconds, spans, table, time, withInterval} from './base.js';
-import {curve, draw, escaped, spark} from './charts.js';
+import {curve, DASHES, draw, escaped, SERIES, spark} from './charts.js';
 import {gridOf} from './grid.js';
 
 const STEPS = {survey: 'before the first round', round: 'training', val: 'validation', test: 'test'};
@@ -63,7 +63,7 @@ function header({run, metrics, stoppable}, api, update) {
       [run.status === 'running' ? 'Last news' : 'Took', run.status === 'running' ? time(run.updated) : seconds(run.seconds)],
       ['Task and network', `${run.task}, ${run.model}`],
     ]),
-    h('progress', {max: Math.max(run.rounds, 1), value: run.done, 'aria-label': 'Rounds done'}),
+    run.status !== 'running' ? null : h('progress', {max: Math.max(run.rounds, 1), value: run.done, 'aria-label': 'Rounds done'}),
     stoppable ? h('p', {}, h('button', {type: 'button', class: 'stop', onclick: stop}, 'Stop this run'), ' ', answer) : null,
   ];
 }
@@ -129,7 +129,7 @@ function showSites(local, by) {
   if (fair) {
     const on = `${fair.split === 'test' ? 'test' : 'validation'} images, round ${fair.round}`;
     parts.push(facts([
-      ['Worst site', `${fair.worst.site}: ${withInterval(fair.worst, words)}`], ['Best site', `${fair.best.site}: ${withInterval(fair.best, words)}`],
+      ['Worst site', [`${fair.worst.site} `, headline(fair.worst, words)]], ['Best site', [`${fair.best.site} `, headline(fair.best, words)]],
       ['Spread over sites', number(fair.spread, words), true], ['Measured on', on]]));
   }
   const points = Object.values(local.sites).flat().filter(point => point[1] !== null);
@@ -158,8 +158,9 @@ async function showPrivacy(place, spent) {
     sites.length ? table('Epsilon by the last round; a site counts all its runs on these images', ['Site', 'Epsilon', 'Of allowed'], sites.map(([name, rows]) => [
       name || 'all together', epsilon(rows.at(-1)[1]), spent.allowed ? `${Math.round(100 * rows.at(-1)[1] / spent.allowed)} %` : '–'])) : null], spent);
   if (!news || !own.kind || !sites.length) return;
-  await draw(chart, sites.slice(0, 12).map(([name, rows]) => ({x: rows.map(row => row[0]), y: rows.map(row => row[1]), name: escaped(name || 'all together'), mode: 'lines'})),
-    {y: 'epsilon', alt: `Privacy spent by round of ${plural(sites.length, 'site')}`, unit: {rangemode: 'tozero'}});
+  await draw(chart, sites.slice(0, 12).map(([name, rows], i) => ({x: rows.map(row => row[0]), y: rows.map(row => row[1]), name: escaped(name || 'all together'), mode: 'lines',
+    line: {color: SERIES[i % SERIES.length], dash: DASHES[i % DASHES.length], width: 2}})),
+  {y: 'epsilon', alt: `Privacy spent by round of ${plural(sites.length, 'site')}`, unit: {rangemode: 'tozero'}});
 }
 
 async function showCost(place, times) {

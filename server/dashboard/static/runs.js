@@ -1,5 +1,5 @@
 // The table of runs: sort, filter, compare.
-import {ask, badge, count, fill, h, live, number, problem, seconds, table, time, withInterval} from './base.js';
+import {ask, badge, count, fill, h, headline, live, number, problem, seconds, table, time, withInterval} from './base.js';
 import {curve, draw} from './charts.js';
 
 const COLUMNS = [
@@ -79,7 +79,7 @@ function row(run, update) {
     cell('Sites', count(run.sites)),
     cell('Rounds', `${count(run.done)} of ${count(run.rounds)}`),
     cell('Best, validation', run.best_value === null ? '–' : h('span', {}, `${run.words.name} ${number(run.best_value, run.words)}`, h('span', {class: 'quiet'}, `, round ${run.best_round}`))),
-    cell('Test', withInterval({value: run.test_value, low: run.test_low, high: run.test_high}, run.words)),
+    cell('Test', headline({value: run.test_value, low: run.test_low, high: run.test_high}, run.words)),
     cell('Replies not used', count(run.dropped)),
     cell('Warnings', count(run.warnings)),
     cell('Started', h('span', {class: 'nowrap'}, time(run.started))),
