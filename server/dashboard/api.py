@@ -225,16 +225,18 @@ def stop(request: Request, id: Id) -> Response:
 @router.get("/federation")
 def federation(request: Request) -> Response:
     """The sites over all runs, and of a provisioned federation who is connected and how long its certificate holds."""
-    db, view = _db(request), _federation(request)
-    rows = read.sites(db)
-    settings = {id: read.run(db, id)["settings"] for id in {row["last_run"] for row in rows}}
-    for row in rows:
-        job = settings[row["last_run"]]
-        row["allowed"] = job.get("privacy.epsilon") or None
-        row["classes"] = views.class_counts(row["classes"], job)
-        for key in ("reason", "last_reason"):
-            row[f"{key}_words"] = reason_words(row[key]) if row[key] else ""
+    known: views.Sites = request.app.state.sites
+    view, rows = _federation(request), []
+    for row in known.rows():
+        job = row["settings"]
+        shown = {key: value for key, value in row.items() if key != "settings"}
+        shown |= {"allowed": job.get("privacy.epsilon") or None, "classes": views.class_counts(row["classes"], job)}
+        rows.append(shown | {f"{key}_words": _words(row[key]) for key in ("reason", "last_reason")})
     return _json({"sites": rows, "server": view.look() if view else None})
+
+
+def _words(reason: str | None) -> str:
+    return reason_words(reason) if reason else ""
 
 
 @router.get("/events", include_in_schema=False)

@@ -7,7 +7,6 @@ import contextlib
 import gzip
 from collections.abc import AsyncIterator
 from functools import lru_cache
-from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from server.dashboard.api import Id, router
 from server.dashboard.federation import FederationView
 from server.dashboard.guard import Access, Guard
 from server.dashboard.live import Watcher
+from server.dashboard.views import Sites
 from server.database.engine import open_database, words
 from shared import __version__
 from shared.errors import UserError
@@ -57,6 +57,7 @@ def create_app(store_url: str | Path | URL, access: Access, federation: Path | N
         redoc_url=None,
     )
     app.state.db, app.state.federation, app.state.watcher = db, view, watcher
+    app.state.sites = Sites(db)
     app.include_router(router)
     _pages(app)
     app.add_exception_handler(SQLAlchemyError, _unreadable)
@@ -92,7 +93,7 @@ def _pages(app: FastAPI) -> None:
 
 
 def _plotly(small: bool) -> Response:
-    """Plotly's script from the installed package; its version stands in the address that the page asks for."""
+    """Plotly's script from the installed package."""
     headers = {"Cache-Control": "private, max-age=86400", "Vary": "Accept-Encoding"}
     script, packed = _script()
     if small:
@@ -104,11 +105,6 @@ def _plotly(small: bool) -> Response:
 def _script() -> tuple[bytes, bytes]:
     script = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
     return script, gzip.compress(script, 6)
-
-
-def plotly_version() -> str:
-    """Of the package whose script is served."""
-    return metadata.version("plotly")
 
 
 async def _unreadable(_: Request, error: Exception) -> JSONResponse:

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sqlalchemy import Engine, func, select
+
+from server.database import read
+from server.database import schema as t
 from server.record import reason_words
 from server.wording import metric_name, wording
 from shared.tasks import TASKS
 
 Row = dict[str, Any]
+
+
+class Sites:
+    """``read.sites``, asked again only when there is something new: over many runs it is the slowest question."""
+
+    def __init__(self, db: Engine) -> None:
+        self.db = db
+        self._lock = threading.Lock()
+        self._state: Any = None
+        self._rows: list[Row] = []
+
+    def rows(self) -> list[Row]:
+        """The sites, each row with ``settings``, the job of its last run. Not to be changed."""
+        newest = select(func.max(t.event.c.id), select(func.count()).select_from(t.run).scalar_subquery())
+        with self._lock:
+            with self.db.connect() as connection:
+                state = tuple(connection.execute(newest).one())
+            if state != self._state:
+                rows = read.sites(self.db)
+                jobs = {id: read.run(self.db, id)["settings"] for id in {row["last_run"] for row in rows}}
+                self._rows = [row | {"settings": jobs[row["last_run"]]} for row in rows]
+                self._state = state
+            return self._rows
 
 
 def direction(task: str, metric: str) -> int:

@@ -52,6 +52,8 @@ def test_simulate_ends_with_a_table_and_the_path_of_the_report(
     assert done.returncode == 0, done.stderr
     for word in ("federated", "pooled", "only a", "AUROC", f"report: {tmp_path / 'o' / 'report.html'}"):
         assert word in done.stdout, word
+    assert done.stdout.splitlines()[-1].startswith("to look at it in a browser: consilium dashboard --store ")
+    assert (tmp_path / "consilium.sqlite").is_file()
     assert {path.name for path in (tmp_path / "o").iterdir()} >= {
         "job.toml", "result.json", "report.html", "rounds.jsonl", "model.safetensors", "last.safetensors",
     }  # fmt: skip

@@ -74,6 +74,22 @@ def test_a_site_has_its_cases_of_each_class(signed_in: TestClient) -> None:
     assert cards["hill"]["runs"] == 2
 
 
+def test_the_cards_follow_the_store(signed_in: TestClient, store: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from server.dashboard.views import Sites
+    from server.database.engine import open_database
+    from server.database.write import forget
+
+    copy = Path(shutil.copy(store, tmp_path / "consilium.sqlite"))
+    db = open_database(copy)
+    sites = Sites(db)
+    before = sites.rows()
+    assert sites.rows() is before  # nothing new: not asked again
+    forget(db, next(iter({row["last_run"] for row in before})))
+    assert {row["runs"] for row in sites.rows()} == {1}
+
+
 def test_the_grid_has_each_round_and_no_more_than_a_window(signed_in: TestClient, ids: dict[str, int]) -> None:
     url = f"/api/runs/{ids['first']}/grid"
     whole = signed_in.get(url).json()

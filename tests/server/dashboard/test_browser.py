@@ -211,7 +211,9 @@ def test_every_page_is_accessible_and_fits(
     paths |= {"model": f"/runs/{ids['first']}/model", "federation": "/federation"}
     for name, path in paths.items():
         page = opened.go(path)
-        expect(page.locator({"runs": ".runs", "model": ".modelcard", "federation": ".card"}.get(name, ".main-svg")).first).to_be_visible()
+        expect(
+            page.locator({"runs": ".runs", "model": ".modelcard", "federation": ".card"}.get(name, ".main-svg")).first
+        ).to_be_visible()
         page.screenshot(path=tmp_path / f"{name}-{scheme}-{width}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         found = Axe().run(page).response["violations"]
@@ -267,7 +269,7 @@ def test_a_running_simulation_is_followed_and_a_lost_site_shows_within_five_seco
         drawn(page, 3)
         marks = page.locator(".grid td.used")
         before = marks.count()
-        points = "document.querySelectorAll('.multiples polyline.line:not(.whole)')[0].getAttribute('points').split(' ').length"
+        points = "document.querySelector('.multiples .line:not(.whole)').getAttribute('points').split(' ').length"
         told = page.evaluate(points)
         wait_for(lambda: marks.count() > before + 3, 20)
         wait_for(lambda: page.evaluate(points) > told, 20)
@@ -278,7 +280,9 @@ def test_a_running_simulation_is_followed_and_a_lost_site_shows_within_five_seco
         page.wait_for_selector(".grid td.lost[title*='c, round']", timeout=5_000)
         assert time.monotonic() - begun < 5
         expect(page.locator("#warning-list li").first).to_contain_text("the site’s program failed, training, round")
-        expect(page.locator(".grid td.lost").first).to_have_attribute("title", re.compile("not used, the site’s program failed"))
+        expect(page.locator(".grid td.lost").first).to_have_attribute(
+            "title", re.compile("not used, the site’s program failed")
+        )
         opened.go("/federation")
         expect(page.locator(".card:has(h3:text-is('c')) .warn")).to_contain_text("the site’s program failed")
         opened.faultless()
