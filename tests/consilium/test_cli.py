@@ -143,7 +143,7 @@ def test_a_lost_quorum_is_one_line_and_exit_code_1(job_file: Path, three_sites: 
     good = consilium(*args, "--set", "federation.min_sites=2")
     assert good.returncode == 0
     assert "b not used: site-declined: too-many-unreadable" in good.stdout
-    assert "not used: b, 1 times: site-declined: too-many-unreadable" in good.stdout.splitlines()[-2]
+    assert "not used: b, 1 times: site-declined: too-many-unreadable" in good.stdout.splitlines()[-3]
 
 
 def test_job_prints_every_setting_and_a_hash_that_follows_the_content(job_file: Path, tiny_job: Job) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +77,13 @@ def test_a_site_has_its_cases_of_each_class(signed_in: TestClient) -> None:
 
 
 def test_the_cards_follow_the_store(signed_in: TestClient, store: Path, tmp_path: Path) -> None:
-    import shutil
-
     from server.dashboard.views import Sites
     from server.database.engine import open_database
     from server.database.write import forget
 
-    copy = Path(shutil.copy(store, tmp_path / "consilium.sqlite"))
+    copy = tmp_path / "consilium.sqlite"
+    with contextlib.closing(sqlite3.connect(store)) as whole, contextlib.closing(sqlite3.connect(copy)) as other:
+        whole.backup(other)
     db = open_database(copy)
     sites = Sites(db)
     before = sites.rows()
