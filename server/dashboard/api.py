@@ -88,8 +88,10 @@ def run(request: Request, id: Id) -> Response:
     found |= {"settings": row["settings"], "children": row["children"]}
     found["metrics"] = views.metric_words(row["task"], names or [row["metric"]])
     folder = models.run_folder(db, row["path"])
-    here = view is not None and folder is not None and view.submitted(folder) is not None
-    return _json(found | {"stoppable": here and row["status"] == "running"})
+    # A run that was stopped, or whose server was killed, could not write that it is over: the server knows.
+    going = row["status"] == "running" and view is not None and folder is not None
+    outcome = view.outcome(folder) if going and view and folder else None
+    return _json(found | {"outcome": outcome or "", "stoppable": outcome == ""})
 
 
 @router.get("/runs/{id}/course", responses=NOT_FOUND)

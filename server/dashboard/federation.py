@@ -62,6 +62,18 @@ class FederationView:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def outcome(self, run: Path) -> str | None:
+        """Of a run of this federation: "" while it goes on, else completed, failed or stopped; None if not known."""
+        number = self.submitted(run)
+        if number is None:
+            return None
+        try:
+            with Control(self.folder) as control:
+                status = control.status(number)
+        except (UserError, OSError, KeyError):  # the server is away, or has forgotten the run
+            return None
+        return status.outcome or "over" if status.over else ""
+
     def stop(self, run: Path) -> bool:
         """End the run in a run folder; what it wrote stays. Whether it could be ended.
 

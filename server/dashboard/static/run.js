@@ -28,7 +28,7 @@ export async function show(main, id) {
     const found = await ask(api);
     metric = found.metrics.some(one => one.key === metric) ? metric : found.run.metric;
     const query = '?' + new URLSearchParams({metric});
-    fill(head, () => header(found, api, () => update()), found.run);
+    fill(head, () => header(found, api, () => update()), [found.run, found.outcome, found.stoppable]);
     chooser(found.metrics, () => update());
     const ready = await Promise.all([ask(api + '/warnings'), ask(api + '/course' + query), ask(api + '/sites' + query), ask(api + '/test'),
       ask(api + '/privacy'), ask(api + '/rounds')]);
@@ -44,7 +44,7 @@ export async function show(main, id) {
   }, (kind, news) => kind === 'change' && news.runs.includes(Number(id)));
 }
 
-function header({run, metrics, stoppable}, api, update) {
+function header({run, metrics, stoppable, outcome}, api, update) {
   const words = metrics.find(one => one.key === run.metric) ?? {name: run.metric};
   const answer = h('span', {role: 'status', class: 'note'});
   const stop = async event => {
@@ -55,7 +55,7 @@ function header({run, metrics, stoppable}, api, update) {
   };
   return [
     facts([
-      ['State', badge(run.status)],
+      ['State', badge(outcome || run.status)],
       [`Test ${words.name}, all sites`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       [`Best ${words.name}, validation`, run.best_value === null ? '–' : `${number(run.best_value, words)} at round ${run.best_round}`],
       ['Rounds', `${count(run.done)} of ${count(run.rounds)}`],
