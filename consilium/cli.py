@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from consilium.cli_dashboard import dashboard
 from consilium.cli_data import cohort, site
 from consilium.cli_federation import provision, site_fingerprint, site_keygen
 from consilium.cli_log import site_log
@@ -159,3 +160,4 @@ commands.add_command(registry)
 commands.add_command(provision)
 site.add_command(site_keygen)
 site.add_command(site_fingerprint)
+commands.add_command(dashboard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from server.database.mirror import store_beside
 from server.record import value_of
 from server.wording import metric_name, privacy_words
 from shared.tasks import TASKS
@@ -49,6 +51,9 @@ def print_result(result: Result) -> None:
     for (site, reason), count in Counter((item["site"], item["reason"]) for item in federated["dropped"]).items():
         console.print(f"not used: {site}, {count} times: {reason}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)
+    if (store := store_beside(result.folder)).exists():
+        told = f"to look at it in a browser: consilium dashboard --store {os.path.relpath(store)}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _fitting(metrics: list[str], tables: list[Rows], width: int) -> list[str]:

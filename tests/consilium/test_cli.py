@@ -52,6 +52,8 @@ def test_simulate_ends_with_a_table_and_the_path_of_the_report(
     assert done.returncode == 0, done.stderr
     for word in ("federated", "pooled", "only a", "AUROC", f"report: {tmp_path / 'o' / 'report.html'}"):
         assert word in done.stdout, word
+    assert done.stdout.splitlines()[-1].startswith("to look at it in a browser: consilium dashboard --store ")
+    assert (tmp_path / "consilium.sqlite").is_file()
     assert {path.name for path in (tmp_path / "o").iterdir()} >= {
         "job.toml", "result.json", "report.html", "rounds.jsonl", "model.safetensors", "last.safetensors",
     }  # fmt: skip
@@ -141,7 +143,7 @@ def test_a_lost_quorum_is_one_line_and_exit_code_1(job_file: Path, three_sites: 
     good = consilium(*args, "--set", "federation.min_sites=2")
     assert good.returncode == 0
     assert "b not used: site-declined: too-many-unreadable" in good.stdout
-    assert "not used: b, 1 times: site-declined: too-many-unreadable" in good.stdout.splitlines()[-2]
+    assert "not used: b, 1 times: site-declined: too-many-unreadable" in good.stdout.splitlines()[-3]
 
 
 def test_job_prints_every_setting_and_a_hash_that_follows_the_content(job_file: Path, tiny_job: Job) -> None:

@@ -1,0 +1,39 @@
+// What a run has made: best and last model with their hashes, model card, report.
+import {ask, badge, bytes, facts, fill, h, headline, live, number, withInterval} from './base.js';
+import {tabs} from './run.js';
+
+export async function show(main, id) {
+  const api = `/api/runs/${id}`;
+  const first = await ask(api);
+  document.title = `Model of ${first.run.name} – Consilium`;
+  const head = h('div'), files = h('div'), card = h('div');
+  main.replaceChildren(h('h1', {}, first.run.name || first.run.path), h('p', {class: 'sub'}, first.run.path), tabs(id, 'Model'), head,
+    h('h2', {}, 'Models'), files, h('h2', {}, 'Model card'), card);
+  live(async () => {
+    const [found, model] = await Promise.all([ask(api), ask(api + '/model')]);
+    const words = found.metrics.find(one => one.key === found.run.metric) ?? {name: found.run.metric}, run = found.run;
+    fill(head, () => facts([['State', badge(run.status)],
+      [`Test ${words.name}, all sites`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
+      ['Kept', run.best_round === null ? '–' : `round ${run.best_round}, ${words.name} ${number(run.best_value, words)} on validation images`],
+      ['Rule', `${words.direction < 0 ? 'smallest' : 'largest'} ${words.name} on validation images; of equals the earlier`]]), run);
+    fill(files, () => fileList(model, api), model);
+    fill(card, () => {
+      if (model.card === null) return h('p', {class: 'note'}, 'This run has no model_card.md.');
+      const place = h('article', {class: 'modelcard'});
+      place.innerHTML = model.card; // made by the server from Markdown, with all markup in it as text
+      return place;
+    }, model.card);
+  }, (kind, news) => kind === 'change' && news.runs.includes(Number(id)));
+}
+
+function fileList(model, api) {
+  if (!model.here) return h('p', {class: 'note'}, 'The folder of this run is not on this machine.');
+  const names = {best: 'Best', last: 'After the last round'};
+  const cards = Object.entries(model.models).map(([which, file]) => h('li', {class: 'card'},
+    h('header', {}, h('h3', {}, names[which]), h('span', {class: 'quiet nowrap'}, bytes(file.bytes))),
+    h('dl', {}, ...Object.entries({File: file.name, 'SHA-256': h('code', {}, file.sha256), ...file.facts}).flatMap(([name, value]) => [h('dt', {}, name), h('dd', {}, value)])),
+    file.damaged ? h('p', {class: 'bad'}, 'This file is not a whole safetensors file.') : null,
+    h('p', {}, h('a', {class: 'button', href: `${api}/model/${which}/file`, download: true}, `Download ${file.name}`))));
+  return [cards.length ? h('ul', {class: 'cards'}, cards) : h('p', {class: 'note'}, 'No model was kept yet.'),
+    model.report ? h('p', {}, h('a', {href: `${api}/report/file`, download: true}, 'Download the report of this run')) : null];
+}

@@ -1,0 +1,171 @@
+"""The numbers behind the pages are those of result.json; pages of a size; files by name of a run only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from server.store import read_events
+
+
+def scores_of(figures: dict[str, Any], images: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: row["value"] for name, row in figures.items()}
+    found |= {"images": images, "n": {name: row["n"] for name, row in figures.items()}}
+    return found | {"intervals": {name: [row["low"], row["high"]] for name, row in figures.items()}}
+
+
+def test_the_test_figures_are_those_of_result_json(
+    signed_in: TestClient, ids: dict[str, int], runs_folder: Path
+) -> None:
+    for name, id in ids.items():
+        result = json.loads((runs_folder / name / "result.json").read_text())["federated"]
+        shown = signed_in.get(f"/api/runs/{id}/test").json()
+        sites = {site: scores_of(row["metrics"], row["images"]) for site, row in shown["sites"].items()}
+        assert sites == result["sites"]
+        whole = scores_of(shown["metrics"], shown["images"])
+        assert whole == {key: result[key] for key in whole}
+        assert shown["round"] == result["best_round"]
+        row = next(row for row in signed_in.get("/api/runs").json()["runs"] if row["id"] == id)
+        assert row["test_value"] == result[row["metric"]]
+        assert [row["test_low"], row["test_high"]] == result["intervals"][row["metric"]]
+
+
+def test_the_course_is_that_of_the_journal(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:
+    events = read_events(runs_folder / "first")
+    by_round = [e for e in events if e["event"] == "evaluation" and e["split"] == "val"]
+    shown = signed_in.get(f"/api/runs/{ids['first']}/course", params={"metric": "accuracy"}).json()
+    assert shown["val"] == [{"round": e["round"], **e["metrics"]["accuracy"]} for e in by_round]
+    local = signed_in.get(f"/api/runs/{ids['first']}/sites", params={"metric": "accuracy"}).json()
+    for name, points in local["sites"].items():
+        assert [p[:2] for p in points] == [[e["round"], e["sites"][name]["accuracy"]["value"]] for e in by_round]
+
+
+def test_worst_site_and_spread_are_those_of_result_json(
+    signed_in: TestClient, ids: dict[str, int], runs_folder: Path
+) -> None:
+    result = json.loads((runs_folder / "first" / "result.json").read_text())["federated"]
+    sites = {name: row["loss"] for name, row in result["sites"].items()}
+    fair = signed_in.get(f"/api/runs/{ids['first']}/sites", params={"metric": "loss"}).json()["fairness"]
+    assert fair["split"] == "test"
+    assert fair["worst"]["site"] == max(sites, key=lambda name: sites[name])  # of the loss, more is worse
+    assert fair["spread"] == pytest.approx(max(sites.values()) - min(sites.values()))
+
+
+def test_privacy_is_that_of_result_json(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:
+    result = json.loads((runs_folder / "second" / "result.json").read_text())["federated"]["privacy"]
+    shown = signed_in.get(f"/api/runs/{ids['second']}/privacy").json()
+    assert shown["spent"] == result
+    assert shown["allowed"] == 50.0
+    assert {name: rows[-1][1] for name, rows in shown["course"].items()} == result["sites"]
+    cards = {row["name"]: row for row in signed_in.get("/api/federation").json()["sites"]}
+    assert {name: row["epsilon"] for name, row in cards.items()} == result["sites"]
+    assert {row["allowed"] for row in cards.values()} == {50.0}
+
+
+def test_a_site_has_its_cases_of_each_class(signed_in: TestClient) -> None:
+    cards = {row["name"]: row for row in signed_in.get("/api/federation").json()["sites"]}
+    assert set(cards) == {"north", "hill", "river"}
+    assert cards["hill"]["classes"] == [{"name": "left", "images": 8}, {"name": "right", "images": 8}]
+    assert cards["hill"]["runs"] == 2
+
+
+def test_the_cards_follow_the_store(signed_in: TestClient, store: Path, tmp_path: Path) -> None:
+    from server.dashboard.views import Sites
+    from server.database.engine import open_database
+    from server.database.write import forget
+
+    copy = tmp_path / "consilium.sqlite"
+    with contextlib.closing(sqlite3.connect(store)) as whole, contextlib.closing(sqlite3.connect(copy)) as other:
+        whole.backup(other)
+    db = open_database(copy)
+    sites = Sites(db)
+    before = sites.rows()
+    assert sites.rows() is before  # nothing new: not asked again
+    forget(db, next(iter({row["last_run"] for row in before})))
+    assert {row["runs"] for row in sites.rows()} == {1}
+
+
+def test_the_grid_has_each_round_and_no_more_than_a_window(signed_in: TestClient, ids: dict[str, int]) -> None:
+    url = f"/api/runs/{ids['first']}/grid"
+    whole = signed_in.get(url).json()
+    assert whole["sites"] == ["hill", "north", "river"]
+    assert whole["rounds"] == [1, 2, 3, 4]
+    assert all(cell[0] == -1 for row in whole["cells"] for cell in row)
+    assert signed_in.get(url, params={"first": 2, "last": 3}).json()["rounds"] == [2, 3]
+    wide = signed_in.get(url, params={"first": 1, "last": 10**6}).json()
+    assert wide["last"] - wide["first"] + 1 == 200
+
+
+def test_runs_are_sorted_filtered_and_paged(signed_in: TestClient) -> None:
+    def names(**query: object) -> list[str]:
+        return [row["path"] for row in signed_in.get("/api/runs", params=query).json()["runs"]]
+
+    assert names() == ["second", "first"]
+    assert names(sort="started") == ["first", "second"]
+    assert names(search="PRIV") == ["second"]
+    assert names(status="failed") == []
+    assert names(limit=1, offset=1) == ["first"]
+    for query in ({"limit": 201}, {"limit": 0}, {"offset": -1}, {"sort": "settings"}, {"search": "x" * 101}):
+        assert signed_in.get("/api/runs", params=query).status_code == 422
+
+
+def test_baselines_are_named_with_their_run(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:
+    result = json.loads((runs_folder / "first" / "result.json").read_text())
+    found = signed_in.get(f"/api/runs/{ids['first']}").json()
+    pooled = next(row for row in found["children"] if row["kind"] == "pooled")
+    assert pooled["test_value"] == result["pooled"][found["run"]["metric"]]
+    assert sum(row["kind"] == "local" for row in found["children"]) == len(result["local"]) == 3
+
+
+@pytest.mark.parametrize(("which", "file"), [("best", "model.safetensors"), ("last", "last.safetensors")])
+def test_a_model_is_given_out_with_its_hash(
+    signed_in: TestClient, ids: dict[str, int], runs_folder: Path, which: str, file: str
+) -> None:
+    content = (runs_folder / "first" / file).read_bytes()
+    told = signed_in.get(f"/api/runs/{ids['first']}/model").json()["models"][which]
+    assert told["sha256"] == hashlib.sha256(content).hexdigest()
+    assert not told["damaged"]
+    answer = signed_in.get(f"/api/runs/{ids['first']}/model/{which}/file")
+    assert answer.content == content
+    assert "attachment" in answer.headers["content-disposition"]
+
+
+def test_a_model_card_brings_no_markup_along(signed_in: TestClient, ids: dict[str, int]) -> None:
+    card = signed_in.get(f"/api/runs/{ids['first']}/model").json()["card"]
+    assert "<h1>Card of <em>tiny</em></h1>" in card
+    assert "<td>2</td>" in card
+    assert "<script" not in card
+    assert 'href="javascript' not in card
+    assert signed_in.get(f"/api/runs/{ids['second']}/model").json()["card"] is None
+
+
+def test_a_run_that_is_not_there_is_404(signed_in: TestClient) -> None:
+    for path in (
+        "",
+        "/course",
+        "/test",
+        "/sites",
+        "/grid",
+        "/rounds",
+        "/privacy",
+        "/warnings",
+        "/model",
+        "/model/best/file",
+    ):
+        assert signed_in.get(f"/api/runs/999{path}").status_code == 404
+
+
+def test_plotly_comes_from_the_installed_package_and_nothing_from_elsewhere(signed_in: TestClient) -> None:
+    from plotly.offline import get_plotlyjs
+
+    assert signed_in.get("/static/plotly.js").text == get_plotlyjs()
+    page = signed_in.get("/").text
+    assert "http://" not in page
+    assert "https://" not in page
