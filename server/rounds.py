@@ -278,7 +278,7 @@ class Run:
         except ValueError:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": self.moved}
+        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": dict(self.moved)}
         self.store.add("round", round=number, **facts, **noised)
         self._require(len(trained), dropped, f"in round {number}")
         return merged
@@ -290,7 +290,7 @@ class Run:
         merged = secure.run()
         seconds = round(time.monotonic() - started, 3)
         facts = {"trained": secure.trained, "dropped": secure.dropped, "secure": secure.facts}
-        self.store.add("round", round=number, **facts, seconds=seconds, bytes=self.moved)
+        self.store.add("round", round=number, **facts, seconds=seconds, bytes=dict(self.moved))
         lost = [*secure.dropped, *secure.facts["silent"]]
         self._require(secure.left, lost, f"in round {number}", secure.needed)
         return merged
