@@ -20,7 +20,7 @@ from client.workspace import write_log
 from shared.config import read_toml
 from shared.errors import UserError
 from shared.sitefile import OWN_FOLDER, Connection, read_connection, read_site
-from shared.supervise import Child, own_environment, supervise
+from shared.supervise import PASSES_ON, Child, own_environment, supervise
 
 SUPERNODE, WORKER = "connection", "worker"
 CONNECTED = "connected; waiting for work"
@@ -60,7 +60,12 @@ def start(site_file: Path, say: Callable[[str], None]) -> None:
         port = connection.local_port or _free_port()
         secret = _new_secret(folder / "worker.secret")
         children = [
-            Child(SUPERNODE, _supernode(connection, port, secret), folder / "connection.log", _environment(folder)),
+            Child(
+                SUPERNODE,
+                _supernode(connection, port, secret),
+                folder / "connection.log",
+                _environment(folder) | PASSES_ON,
+            ),
             Child(WORKER, _worker(site_file, port, secret), folder / "worker.log", _environment(folder)),
         ]
         say(f"{read_site(site_file).name}: connecting to {connection.address}; Ctrl-C ends it")

@@ -9,6 +9,7 @@ it, in a process of its own, from the folder where the approval unpacked it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import signal
@@ -58,6 +59,7 @@ def serve(address: str, site_file: Path, secret: bytes) -> None:
     A SuperNode that is not there yet, or is being started again, is waited for.
     """
     release()  # the installed files as they are now, when this process imports them
+    gc.freeze()  # what is imported stays, and need not be looked at again after every message
     client = _client(
         address, SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE}))
     )
@@ -74,7 +76,10 @@ def serve(address: str, site_file: Path, secret: bytes) -> None:
                 token = token or next_task()
                 if token:
                     token, given = "", token
-                    work(address, given, site_file, next_task)
+                    try:
+                        work(address, given, site_file, next_task)
+                    finally:
+                        gc.collect()  # a message waited for in vain for a while stays, in cycles, as exceptions do
                 else:
                     time.sleep(POLL)
             except Superseded as later:

@@ -18,7 +18,7 @@ from server.federation import Folder
 from server.gateway import command, configuration
 from server.store import write_text
 from shared.errors import UserError
-from shared.supervise import Child, own_environment, supervise
+from shared.supervise import PASSES_ON, Child, own_environment, supervise
 
 LOOK = 10.0  # seconds between looks at how long the certificate is valid
 SUPERLINK, EXECUTOR, GATEWAY = "superlink", "executor", "gateway"
@@ -105,7 +105,7 @@ def _children(folder: Folder, port: int, health: dict[str, int]) -> list[Child]:
         *("--superexec-auth-secret-file", secret, "--health-server-address", f"127.0.0.1:{health[EXECUTOR]}"),
     ]
     return [
-        Child(SUPERLINK, superlink, folder.state / "superlink.log", env),
+        Child(SUPERLINK, superlink, folder.state / "superlink.log", env | PASSES_ON),
         Child(EXECUTOR, executor, folder.state / "executor.log", env),
         Child(GATEWAY, command(folder), folder.gateway / "gateway.log", env),
     ]

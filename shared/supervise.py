@@ -134,3 +134,7 @@ FLOWER = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+# For the programs that only pass models on, in pieces of 5 MiB by many threads. The C library would keep what they gave
+# back for later, in heaps of each thread, and a SuperNode would grow from round to round; so pieces go back at once.
+# (Not for what trains: there, memory that is kept is memory that need not be cleared again.)
+PASSES_ON = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
