@@ -56,4 +56,6 @@ def card_html(path: Path) -> str:
     """A model card as HTML. Markup and images in it are not carried over, so that it can bring nothing along."""
     with path.open(encoding="utf-8", errors="replace") as file:
         text = file.read(MAX_CARD)
+    if text.startswith("---\n"):  # what catalogues of models read, and no person
+        text = text.partition("\n---\n")[2]
     return str(MarkdownIt("commonmark", {"html": False}).enable("table").disable("image").render(text))

@@ -137,12 +137,16 @@ def test_a_model_is_given_out_with_its_hash(
     assert "attachment" in answer.headers["content-disposition"]
 
 
-def test_a_model_card_brings_no_markup_along(signed_in: TestClient, ids: dict[str, int]) -> None:
+def test_a_model_card_brings_no_markup_along(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:
     card = signed_in.get(f"/api/runs/{ids['first']}/model").json()["card"]
     assert "<h1>Card of <em>tiny</em></h1>" in card
     assert "<td>2</td>" in card
     assert "<script" not in card
     assert 'href="javascript' not in card
+    own = signed_in.get(f"/api/runs/{ids['second']}/model").json()["card"]
+    assert "<h1>" in own
+    assert "library_name" not in own  # the lines that catalogues read
+    (runs_folder / "second" / "model_card.md").unlink()
     assert signed_in.get(f"/api/runs/{ids['second']}/model").json()["card"] is None
 
 
