@@ -157,7 +157,7 @@ def test_one_page_can_be_asked_for_and_an_older_audit_is_moved_aside(trained: Pa
 
 
 def test_remarks_say_what_the_figures_cannot(trained: Path, site: Path) -> None:
-    write_text(trained / "rounds.jsonl", json.dumps({"event": "survey", "sites": [{"name": "b"}]}) + "\n")
+    write_text(trained / "rounds.jsonl", json.dumps({"event": "survey", "time": 0.0, "sites": [{"name": "b"}]}) + "\n")
     text = page(audit(trained, site, **QUICK))
     assert "a is not among the run&#x27;s sites (b)" in text
     assert "at 1 % false alarms none is allowed" in text
