@@ -20,7 +20,7 @@ from shared import __version__
 from shared.tasks import TASKS
 
 CARD = "model_card.md"
-AUDIT = "audit.json"  # written by `consilium audit` if the site's policy allows it
+AUDIT = "audit-*.json"  # written by `consilium audit`, one a site, if the site's policy allows it
 MODELS = {"best": "model.safetensors", "last": "last.safetensors"}
 # The names of Hugging Face's tasks that fit; the others have none.
 _PIPELINES = {
@@ -272,21 +272,27 @@ def _privacy(record: Record) -> str:
 
 
 def _audit(record: Record) -> str:
-    """What a site's own audit found, where the site lets it be told."""
+    """What the sites' own audits found, where they let it be told."""
+    files = sorted(record.folder.glob(AUDIT))
+    if not files:
+        return "Attacks on the model (`consilium audit`): no site has given figures for this card."
+    return "\n\n".join(_audited(record, file) for file in files)
+
+
+def _audited(record: Record, file: Path) -> str:
+    name = plain(file.name)
     try:
-        found = json.loads((record.folder / AUDIT).read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
         rows = [
             [plain(row["attack"]), plain(row["model"]), _estimate(row["auc"]), _estimate(row["tpr_at_1_percent_fpr"])]
             for row in found["membership"]
         ]
         own = found["job_sha256"] == record.job.sha256
         site, round_ = plain(found["site"]), found["round"]
-    except FileNotFoundError:
-        return "Attacks on the model (`consilium audit`): no site has given figures for this card."
     except (OSError, ValueError, KeyError, TypeError):
-        return f"Attacks on the model: {AUDIT} in the run's folder cannot be read, its figures are left out."
+        return f"Attacks on the model: {name} in the run's folder cannot be read, its figures are left out."
     if not own:
-        return f"Attacks on the model: {AUDIT} in the run's folder is of another job, its figures are left out."
+        return f"Attacks on the model: {name} in the run's folder is of another job, its figures are left out."
     text = f"Attacks on the model of round {round_} by {site}, which lets this be told (guessing: AUC .500, TPR .010):"
     if not rows:
         return f"{text} none that tell who was trained on."

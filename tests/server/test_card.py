@@ -148,7 +148,7 @@ def audit(folder: Path, **more: Any) -> None:
     row = {"attack": "loss threshold", "model": "the run's", "auc": {"value": 0.61}}
     row |= {"tpr_at_1_percent_fpr": {"value": 0.034, "low": 0.01, "high": 0.08}}
     facts = {"site": "a", "job_sha256": digest, "round": 3, "membership": [row], "inversion": []}
-    write_json(folder / "audit.json", facts | more)
+    write_json(folder / "audit-a.json", facts | more)
 
 
 def test_an_audit_that_its_site_lets_out_is_told(finished: Path) -> None:
