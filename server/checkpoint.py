@@ -1,9 +1,10 @@
 """What a run needs to go on after it broke off, written after every round: ``state/`` in the run folder.
 
     state/best-NNNNNN.safetensors    the best round's model
+    state/held-NNNNNN.safetensors    what the algorithm keeps from round to round, where it keeps anything
     state/round-NNNNNN.safetensors   the global model after that round, and in its metadata all else
 
-The second file is renamed into place last, so a run is always after a whole round. Random numbers need no place in it:
+The last file is renamed into place last, so a run is always after a whole round. Random numbers need no place in it:
 all of a run's are derived from the job's seed and the round, but for those of privacy, which nobody may draw again.
 """
 
@@ -38,12 +39,16 @@ class Best:
 
 @dataclass(frozen=True)
 class State:
-    """A run after ``round`` rounds: its model, the best one, and ``more``, what else the loop carries on."""
+    """A run after ``round`` rounds: its model, the best one, and what else is carried on.
+
+    ``more`` are a few plain values of the loop; ``held`` the arrays of the algorithm, by kind.
+    """
 
     round: int
     arrays: Arrays
     best: Best
     more: Mapping[str, Any]
+    held: dict[str, Arrays] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -62,11 +67,14 @@ class Checkpoint:
         """Write the state after a round, also as ``last.safetensors``; the one before it is then no longer needed."""
         value = None if math.isnan(state.best.value) else state.best.value
         carried = {"best_round": state.best.round, "best_value": value, **state.more}
-        path = self.folder / f"round-{state.round:06}.safetensors"
+        path, held = self.folder / f"round-{state.round:06}.safetensors", self._held(state.round)
+        if state.held:
+            flat = {f"{kind}/{name}": array for kind, arrays in state.held.items() for name, array in arrays.items()}
+            write_model(held, flat, facts)
         write_model(path, state.arrays, {**facts, "state": json.dumps(carried)})
         self._link(path, "last.safetensors")
         for other in self.folder.glob("*.safetensors"):
-            if other not in (path, self._best(state.best.round)):
+            if other not in (path, held, self._best(state.best.round)):
                 other.unlink()
 
     def load(self, names: Sequence[str]) -> State | None:
@@ -84,7 +92,8 @@ class Checkpoint:
             best = Best(facts.pop("best_round"), facts.pop("best_value"))
             best.value = math.nan if best.value is None else best.value
             best.arrays = _in_order(self._best(best.round), names) if best.round else {}
-            return State(int(found[-1].stem.removeprefix("round-")), _in_order(found[-1], names), best, facts)
+            number = int(found[-1].stem.removeprefix("round-"))
+            return State(number, _in_order(found[-1], names), best, facts, self._load_held(number))
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{found[-1]}: the run's state cannot be read ({error}); start the run anew") from None
 
@@ -94,6 +103,17 @@ class Checkpoint:
         link.unlink(missing_ok=True)
         os.link(path, link)
         os.replace(link, self.run / name)
+
+    def _load_held(self, number: int) -> dict[str, Arrays]:
+        held: dict[str, Arrays] = {}
+        if self._held(number).exists():
+            for key, array in load_file(self._held(number)).items():
+                kind, _, name = key.partition("/")
+                held.setdefault(kind, {})[name] = array
+        return held
+
+    def _held(self, number: int) -> Path:
+        return self.folder / f"held-{number:06}.safetensors"
 
     def _best(self, number: int) -> Path:
         return self.folder / f"best-{number:06}.safetensors"

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from server.admission import Dropped, Place, Update, admit, admit_sums
-from server.aggregation import AGGREGATORS
+from server.algorithm import Algorithm
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
 from server.exchange import array_bytes, replies
@@ -76,6 +76,7 @@ class Run:
         self.model = self.task.build_model(job)
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
+        self.algorithm = Algorithm(job)
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
@@ -114,6 +115,7 @@ class Run:
             self.reference = train_reference(self.grid, job, self.folder, self.store.store)
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
+            self.algorithm.held = self.resumed.held
             if self.central is not None:
                 self.central.bound, self.central.rounds = self.resumed.more["central"]
         else:
@@ -126,7 +128,8 @@ class Run:
             if number % job.evaluation.every == 0 or number == job.federation.rounds:
                 self._keep_best(number, arrays, self.evaluate(arrays, number, "val"))
             central = [self.central.bound, self.central.rounds] if self.central is not None else []
-            state = State(number, arrays, self.best, {"class_weights": weights, "central": central})
+            more = {"class_weights": weights, "central": central}
+            state = State(number, arrays, self.best, more, self.algorithm.held)
             self.checkpoint.save(state, self._facts(number))
         return arrays
 
@@ -255,6 +258,8 @@ class Run:
         if self.job.privacy.dp == "distributed":  # one divisor at all sites, so that each one's noise weighs the same
             config["examples"] = sum(place.images["train"] for place in self.places) / len(self.places)
         content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})
+        for name, beside in self.algorithm.outgoing().items():
+            content[name] = ArrayRecord(beside)
         if self.job.privacy.secure_aggregation:
             return self._secure_round(places, arrays, config, started)
 
@@ -274,7 +279,7 @@ class Run:
                 merged = self.central.merge(admitted(), arrays, len(places))
                 noised = {"central": self.central.facts()}
             else:
-                merged = AGGREGATORS[self.job.federation.aggregator](admitted())
+                merged = self.algorithm.merge(admitted(), arrays, number)
         except ValueError:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)

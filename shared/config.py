@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from shared.errors import UserError
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
+from shared.strategies import STRATEGIES, resolve
 from shared.tasks import TASKS
 
 __all__ = [
@@ -126,6 +127,7 @@ _TABLES = {
     "evaluation": Evaluation,
     "privacy": Privacy,
 }
+STRATEGY = "federation.strategy"
 RUN_PREFIX = "run."  # where a run's files lie; set by the engine, no part of the job or its hash
 
 
@@ -174,6 +176,9 @@ def job_from_flat(flat: Mapping[str, Any]) -> Job:
         UserError: an unknown key, a wrong type, or a value that is not allowed.
     """
     known = knobs()
+    name = flat.get(STRATEGY)
+    if isinstance(name, str) and name in STRATEGIES:
+        flat = resolve(name, flat, {key: item.default for key, item in known.items()})
     tables: dict[str, dict[str, Scalar]] = {name: {} for name in _TABLES}
     top: dict[str, Scalar] = {}
     for key, value in flat.items():

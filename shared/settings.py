@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shared.strategies import STRATEGIES
 from shared.tasks import TASKS
 
 # How a folder of images may be laid out; each task reads some of them. "cases" is what a partition writes.
@@ -141,6 +142,9 @@ class Federation:
     rounds: int = knob(300, "number of rounds", low=1, high=1_000_000)
     min_sites: int = knob(1, "quorum: fewer admitted replies than this end the run", low=1, high=100_000)
     fraction: float = knob(1.0, "share of the sites that train in a round", low=0.0001, high=1.0)
+    strategy: str = knob(
+        "fedavg", "a name for a choice of the settings below; what the job sets itself wins", choices=tuple(STRATEGIES)
+    )
     aggregator: str = knob("mean", "how replies become one model", choices=("mean",))
     weighting: str = knob(
         "examples", "a site counts by its training images, or each the same", choices=("examples", "equal")
