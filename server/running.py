@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -94,7 +95,17 @@ def _children(folder: Folder, port: int, health: dict[str, int]) -> list[Child]:
     env = own_environment(FLWR_HOME=str(folder.state / "flower"))
     address, secret = f"127.0.0.1:{port}", str(folder.superexec_secret)
     superlink = [
-        *("flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
+        *(
+            sys.executable,
+            "-m",
+            "server.superlink",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--isolation",
+            "process",
+        ),
         *("--ssl-certfile", str(folder.server_cert), "--ssl-keyfile", str(folder.server_key)),
         *("--ssl-ca-certfile", str(folder.ca_cert), "--enable-supernode-auth"),
         *("--database", str(folder.state / "superlink.db"), "--superexec-auth-secret-file", secret),

@@ -141,7 +141,7 @@ def test_the_server_app_is_killed_and_the_run_resumed(live: Live, job: Path, und
 def test_superlink_is_killed_in_the_middle_of_a_round(live: Live, job: Path, undisturbed: Path) -> None:
     name = live.submit(job)
     until(lambda: live.events(name, "round"), 120, "first round")
-    for process in live.children("server", "flower-superlink"):
+    for process in live.children("server", "server.superlink"):
         process.kill()
     live.follow(name)
     same(undisturbed, live.folder(name))
