@@ -67,7 +67,7 @@ def measure(live: Live, size: str, rounds: int) -> str:
     marks = {name: len((folder / "site.log").read_text().splitlines()) for name, folder in live.sites.items()}
     before = processor(live)
     name = live.submit(file)
-    live.follow(name, timeout=3600)
+    live.follow(name)
     took = {role: (seconds - before[role]) / rounds for role, seconds in processor(live).items()}
     work = at_work(live, marks)
     events = live.events(name, "round")[1:]

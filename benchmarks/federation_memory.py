@@ -94,7 +94,7 @@ def measure(live: Live, job: Path, rounds: int) -> list[dict[str, float]]:
     """A line for each round: its seconds, those of the slowest site's work, and the peaks and least in MiB."""
     with Watch(live) as watch:
         name = live.submit(job)
-        live.follow(name, timeout=3600)
+        live.follow(name)
     lines, begin = [], 0.0
     work = at_work(live)
     for event in live.events(name, "round"):

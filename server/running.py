@@ -22,6 +22,7 @@ from shared.errors import UserError
 from shared.supervise import PASSES_ON, Child, own_environment, supervise
 
 LOOK = 10.0  # seconds between looks at how long the certificate is valid
+LOOKS_OFTEN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.4"}  # seconds until a run that was submitted is taken up
 SUPERLINK, EXECUTOR, GATEWAY = "superlink", "executor", "gateway"
 
 
@@ -117,7 +118,7 @@ def _children(folder: Folder, port: int, health: dict[str, int]) -> list[Child]:
     ]
     return [
         Child(SUPERLINK, superlink, folder.state / "superlink.log", env | PASSES_ON),
-        Child(EXECUTOR, executor, folder.state / "executor.log", env),
+        Child(EXECUTOR, executor, folder.state / "executor.log", env | LOOKS_OFTEN),
         Child(GATEWAY, command(folder), folder.gateway / "gateway.log", env),
     ]
 
