@@ -18,7 +18,7 @@ from flwr.superlink.grid import http_grid
 from client.app import app
 from server import exchange
 from server.admission import Dropped, admit
-from server.exchange import POLLS, replies
+from server.exchange import AHEAD, POLLS, replies
 from shared.config import Job
 from shared.packing import DATA, INDEX, pack, unpack
 from shared.tasks import load_task
@@ -35,6 +35,7 @@ class Sites(http_grid.HttpGrid):
 
     def __init__(self, answer: object, after: dict[int, float]) -> None:
         self.answer, self.after, self.waiting, self.asked = answer, after, {}, 0
+        self.pulled: list[str] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         self.sent = list(messages)
@@ -48,6 +49,7 @@ class Sites(http_grid.HttpGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self.asked += 1
         due = [name for name in message_ids if self.waiting[name][0] <= time.monotonic()]
+        self.pulled += due
         return [self.answer(self.waiting[name][1]) for name in due]  # type: ignore[operator]
 
 
@@ -67,6 +69,18 @@ def test_replies_come_in_the_order_asked_and_late_ones_not_at_all() -> None:
     found = list(replies(grid, [plain(node, a=np.zeros(2)) for node in (1, 2, 3, 4)], 1.5))
     assert 1.5 <= time.monotonic() - began < 2.5
     assert [reply and reply.content["metrics"]["node"] for reply in found] == [1, 2, None, 4]
+
+
+def test_however_many_sites_answer_few_replies_are_in_memory_at_a_time() -> None:
+    grid = Sites(echo, {node: 0.3 if node == 1 else 0.0 for node in range(1, 31)})
+    used, most = 0, 0
+    for reply in replies(grid, [plain(node, a=np.zeros(2)) for node in range(1, 31)], 20):
+        most = max(most, len(grid.pulled) - used)
+        used += 1
+        assert reply is not None
+        assert reply.content["metrics"]["node"] == used
+    assert used == len(grid.pulled) == 30
+    assert most <= AHEAD + 1
 
 
 def test_who_waits_long_asks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
