@@ -20,8 +20,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import psutil
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.supernode.fleet_http_connection import http_request_response
 
 from benchmarks.federation_memory import ROLES, at_work
+from client.supernode import ASKS
 from shared.config import job_from_flat
 from shared.tasks import load_task
 from shared.weights import exchanged
@@ -85,6 +89,26 @@ def measure(live: Live, size: str, rounds: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def question(live: Live, site: str, times: int = 300) -> str:
+    """What a site's question for work takes of the server, when there is none: asked as that site, which is stopped."""
+    live.end(site)
+    folder = live.sites[site]
+    key = load_ssh_private_key((folder / "node.key").read_bytes(), None)
+    assert isinstance(key, EllipticCurvePrivateKey)
+    keys, ca = (key, key.public_key()), (folder / "ca.crt").read_bytes()
+    with http_request_response(f"localhost:{live.port}", False, ca, keys) as (_, receive, *_more):
+        receive()
+        before = processor(live)
+        for _ in range(times):
+            receive()
+        after = processor(live)
+    cost = {role: (after[role] - before[role]) / times for role in ("SuperLink", "gateway")}
+    each = sum(cost.values())
+    told = ", ".join(f"{role} {1000 * seconds:.1f} ms" for role, seconds in cost.items())
+    shares = [f"{60 * each / pause:.0%} of a core where 60 sites ask every {pause:g} s" for pause in reversed(ASKS)]
+    return f"A question for work: {told} of the processor; {' and '.join(shares)}."
+
+
 def main() -> None:
     """Measure, and print the table of benchmarks/RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,8 +131,9 @@ def main() -> None:
             live.start_server()
             for name in sites:
                 live.start_site(name)
-            for size in given.sizes.split(","):
+            for size in filter(None, given.sizes.split(",")):
                 print(measure(live, size, given.rounds), flush=True)
+            print(f"\n{question(live, 'a')}")
         finally:
             live.end_all()
 

@@ -23,17 +23,17 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 
 ASKS = 0.5, 3.0  # seconds between questions for work: at least and at most, the latter Flower's own
-SHARE = 0.05  # of the time since the last message, between the two
-IDLE = 4.0  # times as long as the last question took, so that asking never keeps a busy server from its work
+SHARE = 0.25  # of the time since the last message, between the two
+IDLE = 10.0  # times as long as the last question took, so that asking does not keep a busy server from its work
 LOOKS = 0.05  # seconds between looks for what the worker has ready, in this process's own memory
 
 
 class Clock:
     """Stands for the module ``time`` where Flower's SuperNode waits.
 
-    A site that worked just now is asked again soon: within a run it waits half a second at first, and never longer than
-    a share of what it has waited already. One that rests asks as seldom as Flower would, so that sixty resting sites
-    are no more of a load to the server.
+    A site that worked just now is asked again soon, if its run goes on: it waits half a second at first, and then a
+    share of what it has waited already. After twelve seconds it asks as seldom as Flower would. For a question costs
+    the server some 10 ms, and sixty sites that all asked twice a second would leave it no time for anything else.
     """
 
     def __init__(self) -> None:
