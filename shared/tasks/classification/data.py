@@ -21,8 +21,8 @@ from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.augment import augmentation, normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
-from shared.imaging.harmonise import harmonise
-from shared.imaging.read import Picture, crop, fit, is_image_name, read_image
+from shared.imaging.prepare import fitted, harmonised, prepared_by
+from shared.imaging.read import Picture, crop, is_image_name, read_image
 from shared.samples import (
     class_indices,
     make_sample,
@@ -78,10 +78,10 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
 
 
 def _planes(sample: Sample, site: SiteData, job: Job) -> np.ndarray:
-    picture = harmonise(read_picture(sample, site), job.data.harmonise)
+    picture = harmonised(read_picture(sample, site), site, job)
     if sample.box:
         picture = crop(picture, sample.box)
-    return to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels))
+    return to_uint16(fitted(picture, site.root / sample.path, job))
 
 
 def read_picture(sample: Sample, site: SiteData) -> Picture:
@@ -104,7 +104,7 @@ def _changed(path: Path) -> int:
 
 def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
-    return f"{job.data.channels} {job.data.size} {job.data.harmonise} {len(job.modalities)}"
+    return f"{prepared_by(job)} {len(job.modalities)}"
 
 
 def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device, train: bool) -> Batch:
