@@ -35,7 +35,7 @@ from shared.imaging.stamp import stamp
 from shared.sitefile import OWN_FOLDER
 from shared.tasks import load_task
 
-CACHE_VERSION = 2  # raise it when decoding changes, so that old caches are not used
+CACHE_VERSION = 3  # raise it when decoding changes, so that old caches are not used
 
 
 def to_uint16(picture: np.ndarray) -> np.ndarray:

@@ -33,6 +33,13 @@ def fitted(picture: Picture, path: Path, job: Job) -> np.ndarray:
     return fit(picture, size, size, job.data.channels)
 
 
+def spacing_kept(picture: Picture, path: Path, job: Job) -> np.ndarray:
+    """Millimetres per pixel (row, column) of what ``fitted`` gives, float64; zeros where the file tells none."""
+    if job.data.spacing:
+        return np.full(2, job.data.spacing)
+    return pixel_spacing(path) * (max(picture.shape[:2]) / job.data.size)
+
+
 def prepared_by(job: Job) -> str:
     """What both depend on."""
     data = job.data
