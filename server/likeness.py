@@ -134,7 +134,7 @@ def _colour(looks: Mapping[str, Look], job: Job) -> list[Unlike]:
         further = max(abs(a - b) for a, b in zip(look.hues, other.hues, strict=True))
         if further > max(CAST, SPREAD * max(look.hues_apart, other.hues_apart)):
             shares = f"red, green, blue {_shares(look.hues)} of its light, {_shares(other.hues)} of others'"
-            found.append(Unlike(name, f"another stain or light ({shares})", _set(job, "macenko", "reinhard")))
+            found.append(Unlike(name, f"another stain or light ({shares})", _set(job, "reinhard", "macenko")))
     return found
 
 

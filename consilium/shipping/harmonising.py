@@ -42,12 +42,18 @@ def _facts(rule: str, job: Job) -> Step:
         how = "CIELAB (sRGB, D65): each of L, a, b to this mean and sd (over n), then back, clipped to [0, 1]."
         return {"mean": stain.LAB_MEAN.tolist(), "sd": stain.LAB_SD.tolist(), "how": how}
     how = (
-        "Macenko et al. 2009: density = -ln(max(value, 1/255) / light); stains = directions of the 1st and 99th "
-        "percentile of the angle in the plane of the two greatest eigenvectors of the covariance of the pixels whose "
-        "densities all exceed the least; amounts by least squares, scaled so that their 99th percentiles are those "
-        "given; value = light * exp(-stains @ amounts), clipped to [0, 1]. Fewer than the least pixels: unchanged."
+        "Macenko et al. 2009: density = -ln(max(value, 1/255) / lamp), lamp = this percentile of each colour; stains = "
+        "directions of the 1st and 99th percentile of the angle in the plane of the two greatest eigenvectors of the "
+        "covariance of the pixels whose densities all exceed the least; amounts by least squares, negative ones 0, "
+        "scaled so that their 99th percentiles are those given; value = light * exp(-stains @ amounts), clipped to "
+        "[0, 1]. Fewer than the least pixels: unchanged."
     )
-    figures = {"light": stain.LIGHT, "least_density": stain.LEAST_DENSITY, "least_pixels": stain.LEAST_STAINED}
+    figures = {
+        "lamp_percentile": stain.GLASS,
+        "light": stain.LIGHT,
+        "least_density": stain.LEAST_DENSITY,
+        "least_pixels": stain.LEAST_STAINED,
+    }
     return figures | {"stains": stain.STAINS.tolist(), "amounts": stain.AMOUNTS.tolist(), "how": how}
 
 

@@ -62,7 +62,9 @@ def reinhard(picture: Picture) -> Picture:
 
 # --- optical density --------------------------------------------------------------------------------------------------
 
-LIGHT = 240 / 255  # what the lamp alone gives; brighter pixels count as glass
+LIGHT = 240 / 255  # what the lamp alone gives in the pictures that come out
+GLASS = 95  # percentile of each colour of a picture that is taken for its lamp: on real smears the paper's 240 for all
+# sites drove them apart (docs/harmonisation.md), as one lamp is yellower or weaker than another
 LEAST_DENSITY = 0.15  # below it, in any colour, a pixel is glass
 LEAST_STAINED = 32  # pixels without which no plane of two stains can be told
 #: The optical densities (red, green, blue) of haematoxylin and eosin, columns of unit length, and how much of each a
@@ -71,10 +73,14 @@ STAINS = np.array([[0.5626, 0.2159], [0.7201, 0.8012], [0.4062, 0.5581]])
 AMOUNTS = np.array([1.9705, 1.0308])
 
 
-def density(picture: npt.ArrayLike) -> Array:
+def light_of(picture: Picture) -> Array:
+    """The light (3,) of a picture where nothing absorbs it."""
+    return np.maximum(np.percentile(picture.reshape(-1, 3), GLASS, axis=0), 1 / 255)
+
+
+def density(picture: npt.ArrayLike, light: npt.ArrayLike = LIGHT) -> Array:
     """Optical density (Beer and Lambert), natural logarithm; glass has 0."""
-    light = np.asarray(picture, np.float64)
-    return -np.log(np.maximum(light, 1 / 255) / LIGHT)
+    return -np.log(np.maximum(np.asarray(picture, np.float64), 1 / 255) / light)
 
 
 def stains_of(densities: Array) -> Array | None:
@@ -102,13 +108,14 @@ def stains_of(densities: Array) -> Array | None:
 def macenko(picture: Picture) -> Picture:
     """The picture with its two stains replaced by STAINS, as strong as AMOUNTS (99th percentile).
 
-    One without two stains (blank glass, a single colour) stays as it is.
+    One without two stains (blank glass, a single colour) stays as it is. The lamp is that of the picture, see GLASS.
     """
-    densities = density(picture).reshape(-1, 3)
+    densities = density(picture, light_of(picture)).reshape(-1, 3)
     stains = stains_of(densities)
     if stains is None:
         return picture
-    amounts = np.linalg.lstsq(stains, densities.T, rcond=None)[0]
+    # Of no dye is there less than none: unbounded, colours of neither stain came out green.
+    amounts = np.linalg.lstsq(stains, densities.T, rcond=None)[0].clip(0, None)
     most = np.percentile(amounts, 99, axis=1)
     if (most <= 1e-3).any():
         return picture
