@@ -427,7 +427,7 @@ def test_pictures_that_differ_in_gain_alone_are_one_to_a_model_with_zscore(tiny_
         Image.fromarray(changed.round().astype(np.uint8)).save(tmp_path / "in" / f"{name}.png")
     predict(run_, tmp_path / "in", tmp_path / "out")
     found = [float(row["probability:left"]) for row in table(tmp_path / "out").values()]
-    assert found == pytest.approx([found[0]] * 3, abs=2e-3)
+    assert found == pytest.approx([found[0]] * 3, abs=1e-2)  # 8 bits hold b only roughly
 
 
 def test_a_rule_of_the_site_asks_for_the_site_and_uses_its_scale(
