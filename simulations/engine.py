@@ -8,7 +8,6 @@ was faster, and memory does not grow with the number of sites.
 from __future__ import annotations
 
 import itertools
-import pickle
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -110,14 +109,14 @@ class LocalGrid(Grid):
         return item
 
     def _submit_all(self, messages: Iterable[Message]) -> Iterator[tuple[Message, Future[Outcome]]]:
-        """Submit one message for each ``next``; a content shared by several messages is pickled once."""
-        shared: tuple[RecordDict | None, bytes] = (None, b"")
+        """Submit one message for each ``next``; a content shared by several messages is packed once."""
+        content, packed = None, None
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"local-{next(_serial)}"
-            if shared[0] is not message.content:
-                shared = (message.content, pickle.dumps(message.content, pickle.HIGHEST_PROTOCOL))
+            if packed is None or content is not message.content:
+                content, packed = message.content, self._pool.pack(message.content)
             context = self._contexts[message.metadata.dst_node_id]
-            yield message, self._pool.submit(message, context, shared[1], self._priority)
+            yield message, self._pool.submit(message, context, packed, self._priority)
 
     def _reply(self, message: Message, future: Future[Outcome], timeout: float | None) -> Message:
         try:
