@@ -136,12 +136,17 @@ def _train_plain(message: Message, context: Context, job: Job, workspace: Worksp
 # Secure aggregation: the same training, but the model leaves masked.
 app.train("keys")(lambda message, context: _answer(message, context, secure.keys))
 app.train("shares")(lambda message, context: _answer(message, context, secure.shares))
-app.train("masked")(lambda message, context: _answer(message, context, secure.masked(_train)))
+app.train("masked")(lambda message, context: _answer(message, context, secure.masked(_train_in_plain_form)))
 app.train("unmask")(lambda message, context: _answer(message, context, secure.unmask))
 
 
+def _train_in_plain_form(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    """The model after a round as the gate would let it out in plain: of what is masked the gate sees nothing later."""
+    return records("train", _train(message, context, job, workspace), Asked(job, workspace, message.content))
+
+
 def _train(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
-    """The model after a round and its figures, as the gate lets them out in plain: also what is masked passes it."""
+    """The model after a round and its figures."""
     config = message.content["config"]
     round_ = _round(message)
     model = open_model(job)
@@ -177,8 +182,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     if job.train.keep_optimizer:
         moments.save(round_, trained.moments)
     metrics = training_figures(workspace.told["train"], job, trained.steps, trained.images, trained.losses, epsilon)
-    reply = RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
-    return records("train", reply, Asked(job, workspace, message.content))
+    return RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
 
 
 @app.evaluate()

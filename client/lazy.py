@@ -63,8 +63,8 @@ def array_of(numbers: Numbers) -> Array:
 
 
 def numbers_of(array: Array) -> Numbers | None:
-    """The numbers of an array that is not written out; None if it is, or was never one of ours."""
-    found: Numbers | None = None if "data" in array.__dict__ else array.__dict__.get("_numbers")
+    """The numbers of an array that is not written out; None if it is, and always where arrays are not lazy."""
+    found: Numbers | None = array.__dict__.get("_numbers") if installed() and "data" not in array.__dict__ else None
     return found
 
 
