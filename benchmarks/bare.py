@@ -92,7 +92,7 @@ def _worker(job: Job, sites: list[Path], common: list[Tensor], total: list[Tenso
 
 def several(job: Job, sites: list[Path], count: int) -> nn.Module:
     """Each process has its share of the sites; sums and weights lie in shared memory."""
-    import torch._dynamo  # noqa: F401  the first optimiser step imports it: once, before the processes fork
+    import torch._dynamo
 
     model, state = built(job)
     common = [value.clone().share_memory_() for value in state]

@@ -1,7 +1,7 @@
 """The workloads that the engine is measured with: invented images, the job, and the same steps for a bare loop.
 
 A workload is a job and a number of sites with ``n`` training images each, all on the disk as files that the product
-reads, and once more as plain arrays for the bare loop. There is nothing to validate or to test on: only training counts.
+reads, and once more as plain arrays for the bare loop. There is nothing to validate or to test on.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def write(workload: Workload, root: Path) -> Path:
 
 
 def _invent(workload: Workload, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (n, channels, size, size) of noise with one bright square; where it is, is the class, or the mask."""
+    """Images uint8 (n, channels, size, size) of noise with a bright square; its place is the class, or the mask."""
     n, size = workload.n, workload.size
     images = generator.integers(0, 96, (n, workload.channels, size, size), dtype=np.uint8)
     masks, half = np.zeros((n, size, size), np.uint8), size // 2

@@ -1,6 +1,6 @@
-"""A Flower ``Grid`` on this machine: unmodified ServerApps and ClientApps, the clients in persistent worker processes.
+"""A Flower ``Grid`` without a network: unmodified ServerApps and ClientApps, the clients in persistent workers.
 
-No server process, no polling, no network. Replies are handed out in the order of the messages, each as soon as it and
+The workers are processes of this machine, or actors of a Ray cluster. No server process, no polling. Replies are handed out in the order of the messages, each as soon as it and
 all before it are there; only a few messages more than there are workers are in flight. So sums do not depend on who
 was faster, and memory does not grow with the number of sites.
 """
@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -21,6 +22,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from shared.config import Scalar
 from simulations.pool import Outcome, WorkerDied, WorkerPool
+
+if TYPE_CHECKING:  # Ray takes a second to import, and few need it
+    from simulations.ray_pool import RayPool
 
 RUN_ID = 1
 _serial = itertools.count(1)  # message ids, unique in this process
@@ -37,7 +41,7 @@ class LocalGrid(Grid):
 
     def __init__(
         self,
-        pool: WorkerPool,
+        pool: WorkerPool | RayPool,
         nodes: Sequence[Mapping[str, Scalar]],
         run_config: Mapping[str, Scalar],
         priority: int = 0,
@@ -110,7 +114,8 @@ class LocalGrid(Grid):
 
     def _submit_all(self, messages: Iterable[Message]) -> Iterator[tuple[Message, Future[Outcome]]]:
         """Submit one message for each ``next``; a content shared by several messages is packed once."""
-        content, packed = None, None
+        content: RecordDict | None = None
+        packed: Any = None
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"local-{next(_serial)}"
             if packed is None or content is not message.content:
