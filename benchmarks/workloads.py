@@ -128,3 +128,21 @@ def _write_pictures(folder: Path, images: np.ndarray, masks: np.ndarray) -> None
             Image.fromarray(image[0]).save(folder / "images" / name)
             Image.fromarray(mask).save(folder / "labels" / name)
             rows.writerow([f"images/{name}", f"labels/{name}", f"{folder.name}-{number}", "train"])
+
+
+def write_sites(root: Path, sites: int, images: int = 64, size: int = 28) -> Path:
+    """Sites of grey PNG images, two classes."""
+    for place in range(sites):
+        folder = root / f"s{place:03d}"
+        (folder / "images").mkdir(parents=True)
+        generator = np.random.default_rng(place)
+        with (folder / "labels.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["path", "label", "patient", "split"])
+            for number in range(images):
+                pixels = generator.integers(0, 120, (size, size))
+                pixels[:, slice(0, size // 2) if number % 2 else slice(size // 2, size)] += 20
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{number}.png")
+                rows.writerow([f"images/{number}.png", ("right", "left")[number % 2], f"{place}-{number}", "train"])
+        (folder / "site.toml").write_text(f'name = "{folder.name}"\n[data]\nformat = "csv"\n')
+    return root

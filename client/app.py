@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import secure
+from client import lazy, secure
 from client.counts import require_cells, survey_counts, training_figures
 from client.egress import Asked, Refused, records, release
 from client.egress_log import ASKED
@@ -182,7 +182,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     if job.train.keep_optimizer:
         moments.save(round_, trained.moments)
     metrics = training_figures(workspace.told["train"], job, trained.steps, trained.images, trained.losses, epsilon)
-    return RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
+    return RecordDict({"arrays": lazy.record_of(exchanged(model, job)), "metrics": MetricRecord(metrics)})
 
 
 @app.evaluate()

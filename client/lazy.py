@@ -10,13 +10,22 @@ is as this expects. If it is not, nothing is changed and arrays are bytes as eve
 
 from __future__ import annotations
 
+import inspect
 import io
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.constant import SType
+from torch import Tensor
+
+try:
+    from flwr.app.message.recorddict import _check_key, _SyncedDict
+    from flwr.app.message.typeddict import TypedDict
+except ImportError:  # another version: ``fits`` says no
+    _SyncedDict = None  # type: ignore[assignment, misc]
 
 _KINDS = "?bBhHiIlLqQefd"  # plain numbers, in this machine's byte order
 
@@ -68,6 +77,16 @@ def numbers_of(array: Array) -> Numbers | None:
     return found
 
 
+def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """A record of tensors on the CPU that nobody else has or writes to: where arrays are lazy they become its own."""
+    if not installed():
+        return ArrayRecord(dict(tensors))
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        record[name] = array_of(Kept(np.array(tensor.numpy(), order="C", copy=None)))
+    return record
+
+
 @lru_cache(maxsize=4096)
 def header(dtype: str, shape: tuple[int, ...]) -> bytes:
     """What ``np.save`` writes before the numbers; ``dtype`` as in ``np.dtype.str``."""
@@ -82,7 +101,7 @@ def pieces(array: Array) -> list[bytes | memoryview]:
     if numbers is None:
         return [array.data]
     values = numbers.frozen()
-    return [header(values.dtype.str, values.shape), memoryview(values.reshape(-1).view(np.uint8))]
+    return [header(values.dtype.str, values.shape), values.reshape(-1).view(np.uint8).data]
 
 
 def fits() -> bool:
@@ -95,6 +114,8 @@ def fits() -> bool:
         and "__getattr__" not in vars(Array)
         and probe.data == header("<f4", (2,)) + np.ones(2, np.float32).tobytes()
         and all(name in vars(ArrayRecord) for name in ("from_array_dict", "count_bytes"))
+        and _SyncedDict is not None
+        and list(inspect.signature(_SyncedDict).parameters) == ["ref_recorddict", "allowed_type"]
     )
 
 
@@ -132,8 +153,21 @@ def install() -> bool:
     Array.numpy, Array.__getattr__ = numpy, missing  # type: ignore[method-assign, attr-defined]
     ArrayRecord.from_array_dict = classmethod(_from_array_dict)  # type: ignore[assignment]
     ArrayRecord.count_bytes = _count_bytes  # type: ignore[method-assign]
+    _SyncedDict.__init__ = _synced  # type: ignore[method-assign]
     Array._lazy = True  # type: ignore[attr-defined]
     return True
+
+
+def _synced(self: Any, ref_recorddict: RecordDict, allowed_type: type) -> None:
+    """As Flower's, without the reference to itself by which every look at ``array_records`` keeps a whole message in
+    memory until Python's collector comes by."""
+
+    def check(value: object) -> None:
+        if not isinstance(value, allowed_type):
+            raise TypeError(f"Expected `{allowed_type.__name__}`, but received `{type(value).__name__}` for the value.")
+
+    TypedDict.__init__(self, _check_key, check)
+    self.recorddict, self.allowed_type = ref_recorddict, allowed_type
 
 
 def _from_array_dict(_: type[ArrayRecord], array_dict: dict[str, Array], *, keep_input: bool = True) -> ArrayRecord:

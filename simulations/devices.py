@@ -26,9 +26,7 @@ def parse(text: str) -> list[str]:
         names = [f"cuda:{number}" for number in range(count)]
     wrong = [name for name in names if not re.fullmatch(r"cuda:\d{1,3}", name)]
     if wrong or not names:
-        raise UserError(
-            f"--devices {text}: write cpu, cuda, or a list such as cuda:0,cuda:1 (CUDA devices here: {count})"
-        )
+        raise UserError(f"--devices {text}: write cpu or a list such as cuda:0,cuda:1 (CUDA devices here: {count})")
     if len(set(names)) < len(names):
         raise UserError(f"--devices {text}: names a device twice; --per-device says how many workers share one")
     if missing := [name for name in names if int(name[5:]) >= count]:

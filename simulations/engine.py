@@ -1,8 +1,9 @@
 """A Flower ``Grid`` without a network: unmodified ServerApps and ClientApps, the clients in persistent workers.
 
-The workers are processes of this machine, or actors of a Ray cluster. No server process, no polling. Replies are handed out in the order of the messages, each as soon as it and
-all before it are there; only a few messages more than there are workers are in flight. So sums do not depend on who
-was faster, and memory does not grow with the number of sites.
+The workers are processes of this machine, or actors of a Ray cluster; there is no server process, no polling. Replies
+are handed out in the order of the messages, each as soon as it and all before it are there; only a few messages more
+than there are workers are in flight. So sums do not depend on who was faster, and memory does not grow with the number
+of sites.
 """
 
 from __future__ import annotations

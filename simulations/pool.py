@@ -8,6 +8,7 @@ read where they were written. A worker that dies fails the one message it worked
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import multiprocessing
@@ -175,10 +176,8 @@ class WorkerPool:
             if worker.task is None and self._queue:
                 worker.task = task = heapq.heappop(self._queue)
                 task.reply = self._segments.take()
-                try:
+                with contextlib.suppress(OSError):  # it died just now: _serve sees the end of its pipe
                     self._send(worker, task)
-                except OSError:
-                    pass  # it died just now: _serve sees the end of its pipe and fails the task
 
     def _send(self, worker: _Worker, task: Task) -> None:
         used = {lease.segment.number: lease.segment for lease in (task.content.lease, task.reply) if lease}

@@ -241,6 +241,4 @@ def _connect(address: str) -> None:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(
-            f"--address {address}: no Ray cluster there ({first}); start one with: ray start --head"
-        ) from None
+        raise UserError(f"--address {address}: no Ray cluster there ({first}); start one: ray start --head") from None

@@ -42,7 +42,7 @@ class Segment:
         if os.fstat(self.fd).st_size < size:
             os.ftruncate(self.fd, size)
         for array in arrays:
-            left = memoryview(array.reshape(-1).view(np.uint8))
+            left = array.reshape(-1).view(np.uint8).data
             place = offset
             while left:  # at most 2 GiB are written at once
                 done = os.pwrite(self.fd, left, place)
@@ -159,7 +159,7 @@ class Stored:
             flat = np.frombuffer(self._source.mapped, self.dtype, int(np.prod(self.shape)), self._offset)
             return flat.reshape(self.shape)
         values = np.empty(self.shape, self.dtype)
-        left, place = memoryview(values.reshape(-1).view(np.uint8)), self._offset
+        left, place = values.reshape(-1).view(np.uint8).data, self._offset
         while left:
             done = os.preadv(self._source.lease.segment.fd, [left], place)
             if not done:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -132,3 +134,22 @@ def test_records_keep_what_they_hold_when_one_is_made_of_another() -> None:
     assert source == {}
     np.testing.assert_array_equal(record["w"].numpy(), np.arange(3))
     np.testing.assert_array_equal(record["b"].numpy(), [0])
+
+
+def test_looking_at_a_messages_arrays_does_not_keep_it() -> None:
+    """Without Python's collector: a message of a large model must be gone when nobody has it any more."""
+    record = RecordDict({"arrays": ArrayRecord({"w": Array(np.arange(3.0))}), "m": MetricRecord({"n": 1})})
+    looked = record.array_records
+    looked["more"] = ArrayRecord()
+    assert list(record) == ["arrays", "m", "more"]
+    with pytest.raises(TypeError, match="Expected `MetricRecord`"):
+        record.metric_records["x"] = ArrayRecord()  # type: ignore[assignment]
+    del looked["more"]
+    assert list(record) == ["arrays", "m"]
+    seen = weakref.ref(record)
+    gc.disable()
+    try:
+        del record, looked
+        assert seen() is None
+    finally:
+        gc.enable()
