@@ -85,7 +85,7 @@ def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) ->
     return Workspace(name, home, *_open_data(stamps, str(home), job), tuple(files))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> tuple[Dataset, Policy, dict[str, Told]]:
     """The images of all the site files, once every one's rules grant the job; how they may be told of."""
     paths = [Path(file) for file, _ in files]
