@@ -26,6 +26,7 @@ from consilium.study.cell import LOG, RUN, STATE, play
 from consilium.study.plan import Cell, Plan
 from server.store import write_text
 from shared.errors import UserError
+from shared.tasks import load_task
 
 MARK = "study.toml"  # a copy of the file: what tells a study's folder from another
 CELLS, CACHE = "cells", "cache"
@@ -86,6 +87,23 @@ def run_cells(plan: Plan, text: str, out: Path, cores: int | None, observe: Obse
                 pending.append(cell)
         _Scheduler(out, cores, observe).run(pending)
         return [_outcome(out, cell) for cell in plan.cells]
+
+
+def check_jobs(plan: Plan) -> None:
+    """What each task asks of its jobs, before anything runs.
+
+    Raises:
+        UserError: a job that its task refuses, by the name of the cell.
+    """
+    seen = set()
+    for cell in plan.cells:
+        job = cell.job.replace(name="job", seed=0)
+        if job.sha256 not in seen:
+            seen.add(job.sha256)
+            try:
+                load_task(job.task).check(job)
+            except UserError as error:
+                raise UserError(f"{cell.title}: {error}") from None
 
 
 class _Scheduler:
