@@ -23,6 +23,7 @@ class Row:
     """A model of one seed.
 
     ``value`` on all test images together with its interval; ``sites`` on each site's own, of those that have a figure.
+    Where each site has a model of its own in the end, ``value`` and ``personal`` are these, ``sites`` the common one.
     ``alone``: the models of single sites, each on its own site's images, have no ``value``. ``validation`` is the
     figure that picked the round. ``steps`` and ``examples`` are of training, over all sites; ``bytes`` the arrays that
     training sent both ways. ``to_target`` is (rounds, bytes) until the validation figure reached the target.
@@ -151,15 +152,16 @@ def _figure(scores: Mapping[str, Any], metric: str) -> float:
 
 
 def _scored(scores: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """What a row takes from the scores of ``run_scores``."""
-    low, high = (scores.get("intervals") or {}).get(metric) or (None, None)
+    """What a row takes from the scores of ``run_scores``; where sites end up with models of their own, these count."""
+    own = scores.get("personal") or scores
+    low, high = (own.get("intervals") or {}).get(metric) or (None, None)
     return {
-        "value": _figure(scores, metric),
+        "value": _figure(own, metric),
         "low": math.nan if low is None else float(low),
         "high": math.nan if high is None else float(high),
         "sites": _sites(scores, metric),
         "personal": _sites(scores.get("personal") or {}, metric),
-        "n": int((scores.get("n") or {}).get(metric, 0)),
+        "n": int((own.get("n") or {}).get(metric, 0)),
     }
 
 

@@ -15,6 +15,7 @@ from consilium.study.compare import spread
 from consilium.study.figures import gains_figure, methods_figure, on_front, pareto_figure
 from consilium.study.tables import budget_row, methods_of, result_row, title_of
 from consilium.study.verdict import Verdict, difference, gains, with_sd
+from server.record import count
 from server.report_parts import Markup, bullets, esc, folded, paragraph, table
 from server.report_style import SCRIPT, STYLE, THEMES
 from server.wording import metric_name
@@ -29,6 +30,10 @@ SEEDS_NOTE = (
     "± is the standard deviation over seeds, brackets are 95 % intervals of the mean over seeds (Student’s t), "
     "differences are paired by seed. They tell how much training varies, not how other patients would fare: "
     "study.csv has the interval of each single run for its test images."
+)
+PERSONAL_NOTE = (
+    "Methods that leave each hospital a model of its own (FedBN, Ditto …) are judged by these, each on its hospital’s "
+    "test images; validation is of the common model."
 )
 BUDGET_NOTE = (
     "Means over the seeds, over all sites together; bytes are the models sent both ways in training. Pooled and "
@@ -90,8 +95,11 @@ def _head(found: Found, verdicts: Sequence[Verdict]) -> Markup:
     lines = []
     for one in verdicts:
         level = f" ({one.level})" if one.level else ""
-        lines.append(Markup(f"<p><strong>{esc(one.setting)}{esc(level)}.</strong> {esc(' '.join(one.lines[:1]))}</p>"))
-    many = f"{len(found.plan.methods)} methods, {len(found.plan.settings)} settings, {len(found.plan.seeds)} seeds."
+        answer = " ".join([*one.lines[:1], *one.hospitals[:1]])
+        lines.append(f"<p><strong>{esc(one.setting)}{esc(level)}.</strong> {esc(answer)}</p>")
+    plan = found.plan
+    parts = ((plan.methods, "method"), (plan.settings, "setting"), (plan.seeds, "seed"))
+    many = ", ".join(count(len(items), what) for items, what in parts) + "."
     shown = "\n".join(lines) or paragraph("No cell has finished.", "lead")
     return Markup(shown + paragraph(many, "note"))
 
@@ -119,6 +127,8 @@ def _section(found: Found, verdicts: Sequence[Verdict], setting: str, figures: d
             "Worst site, worst seed", "Least gain over alone", "Seeds"]  # fmt: skip
     rows = [[title_of(found, setting, name), *result_row(found, setting, name)] for name in names]
     body = told + table(f"{setting}: what was reached", head, rows) + paragraph(SEEDS_NOTE, "note")
+    if any(row.personal for row in found.rows if row.setting == setting):
+        body += paragraph(PERSONAL_NOTE, "note")
     head = ["Method", "Gradient steps", f"{found.cases[setting].capitalize()}s seen", "Rounds", "Sent",
             "Rounds to target", "Bytes to target", "Epsilon", "Not beaten"]  # fmt: skip
     rows = [[title_of(found, setting, name), *budget_row(found, setting, name), "yes" if name in front else "–"]
@@ -131,7 +141,7 @@ def _section(found: Found, verdicts: Sequence[Verdict], setting: str, figures: d
 
 def _told(one: Verdict) -> str:
     level = Markup(f"<h3>{esc(one.level)}</h3>\n") if one.level else ""
-    return level + "".join(f"<p>{esc(line)}</p>\n" for line in one.lines)
+    return level + "".join(f"<p>{esc(line)}</p>\n" for line in (*one.lines, *one.hospitals))
 
 
 def _sites(found: Found, setting: str, metric: str) -> Markup:

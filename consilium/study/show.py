@@ -118,7 +118,7 @@ def print_study(found: Found, told: Sequence[Verdict], folder: Path) -> None:
             console.print(_table(found, setting, names))
         for one in told:
             if one.setting == setting:
-                for line in (*one.lines, *(f"ATTENTION: {text}" for text in one.warnings)):
+                for line in (*one.lines, *one.hospitals, *(f"ATTENTION: {text}" for text in one.warnings)):
                     say(f"{f'[{one.level}] ' if one.level else ''}{line}")
     for failure in found.failures:
         say(f"FAILED {failure.title}: {failure.reason}")

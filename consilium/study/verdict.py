@@ -17,12 +17,13 @@ from server.wording import metric_name, number
 
 @dataclass(frozen=True)
 class Verdict:
-    """For one setting and level of privacy: the method, what is said of it, and what must be said before all else."""
+    """Of one setting and level of privacy: the method, what is said of it and of the hospitals, what to beware of."""
 
     setting: str
     level: str
     method: str
     lines: tuple[str, ...]
+    hospitals: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -89,7 +90,7 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
     best, how = _choose(found, setting, methods, sign)
     lines = [_head(found, setting, best, how, metric, sign)]
     lines += _against_others(found, setting, best, [method for method in methods if method != best], metric, sign)
-    lines += _hospitals(found, setting, best, methods, metric)
+    hospitals = tuple(_hospitals(found, setting, best, methods, metric))
     warnings = []
     if plain and plain != best:
         cost = paired(found.values(setting, best), found.values(setting, plain), sign)
@@ -104,7 +105,7 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
             )
     if len(found.of(setting, best)) < 2:
         warnings.append("One seed: whether any difference is more than chance cannot be told.")
-    return Verdict(setting, level, best, tuple(lines), tuple(warnings))
+    return Verdict(setting, level, best, tuple(lines), hospitals, tuple(warnings))
 
 
 def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tuple[str, str]:
