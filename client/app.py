@@ -25,13 +25,25 @@ from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.errors import explained
 from shared.norms import is_private
+from shared.packing import pack, unpack
 from shared.tasks import load_task
 from shared.training import pick_device
 from shared.training import train as train_locally
 from shared.weights import REFERENCE, exchanged, frozen_digest, put
 
-app = ClientApp()
 Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
+
+
+def as_asked(message: Message, context: Context, answer: Callable[[Message, Context], Message]) -> Message:
+    """Who asks with packed arrays gets packed ones: what passes the gate below is plain either way."""
+    message.content, packed = unpack(message.content)
+    reply = answer(message, context)
+    if packed and reply.has_content():
+        reply.content = pack(reply.content)
+    return reply
+
+
+app = ClientApp(mods=[as_asked])
 
 
 def _answer(message: Message, context: Context, answer: Answer, kind: str = "") -> Message:

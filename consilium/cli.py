@@ -14,6 +14,7 @@ from consilium.cli_log import site_log
 from consilium.cli_run import run, server
 from consilium.cli_runs import STORE_HELP, runs
 from consilium.cli_ship import card, export, registry
+from consilium.cli_study import study
 from consilium.cli_survey import survey
 from consilium.cli_trained import audit, explain, generate, predict
 from shared import __version__
@@ -52,6 +53,7 @@ def commands() -> None:
       consilium cohort make demo/cohort
       consilium survey JOB.toml --data demo/cohort
       consilium simulate JOB.toml --data demo/cohort --baselines
+      consilium study STUDY.toml --data demo/cohort
     \b
     Coordinator of a real federation:
       consilium provision federation.toml --out DIR
@@ -166,6 +168,7 @@ def models(task: str) -> None:
 commands.add_command(cohort)
 commands.add_command(site)
 commands.add_command(survey)
+commands.add_command(study)
 commands.add_command(server)
 commands.add_command(run)
 commands.add_command(runs)

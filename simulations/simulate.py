@@ -51,6 +51,9 @@ def run(
     per_device: int | None = None,
     engine: str = "local",
     address: str = "",
+    federated: bool = True,
+    pages: bool = True,
+    cache: Path | None = None,
 ) -> Result:
     """Simulate ``job`` on the sites found in ``data``; everything is written to ``out`` (default ``runs/NAME``).
 
@@ -67,6 +70,10 @@ def run(
         per_device: how many workers share a device.
         engine: ``local``, or ``ray`` for actors of the Ray cluster at ``address`` (``auto``: this machine's; "": Ray
             is started here). The cluster's machines must see ``data`` and ``out`` under the same paths.
+        federated: False trains the baselines alone; ``result.json`` then holds these only, and there are no pages.
+        pages: write the report and the model card.
+        cache: where decoded images are kept, for runs that share them; default with the site. A site that has a
+            site.toml of its own keeps them where that says.
 
     Raises:
         UserError: bad input, in one line.
@@ -79,7 +86,7 @@ def run(
     folder = _fresh_folder(
         Path(out) if out else Path("runs") / (re.sub(r"[^\w.-]+", "-", job.name).strip(".-") or "job")
     )
-    files = find_sites(Path(data), job, folder)
+    files = find_sites(Path(data), job, folder, cache)
     torch.set_num_threads(1)  # the parent aggregates while the workers train
     if heldout:
         load_heldout(Path(heldout), job)  # a fault of these images shows now, not after the training
@@ -93,21 +100,21 @@ def run(
             with _heard(REFERENCE, observe):
                 jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder, store)
             extra["run.reference"] = str((folder / REFERENCE / "model.safetensors").resolve())
-        runs: dict[str, Callable[[], object]] = {FEDERATED: _federated(_grid(pool, nodes, job, folder, 0, extra))}
+        runs: dict[str, Callable[[], object]] = {}
+        if federated:
+            runs[FEDERATED] = _federated(_grid(pool, nodes, job, folder, 0, extra))
         others = {}
         if baselines:
-            with contextlib.suppress(RunFailed):  # too few sites: the federated run will say so
+            # Too few sites: the federated run will say so, where there is one.
+            with contextlib.suppress(*([RunFailed] if federated else [])):
                 jury.survey(fresh=False)
                 others = _baselines(pool, files, jury, store)
         failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
-    result |= _collect(folder, others)
+    result |= ({FEDERATED: run_scores(folder)} if federated else {}) | _collect(others)
     write_json(folder / "result.json", result)
-    from server.card import write_card
-    from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
-
-    write_report(folder, store)
-    write_card(folder, store)
+    if federated and pages:
+        _write_pages(folder, store)
     if failures:
         raise RunFailed("; ".join(failures))
     return Result(folder)
@@ -130,8 +137,16 @@ def _pool(
     return WorkerPool("client.app:app", len(chosen) or workers or cores(), devices=chosen)
 
 
-def _collect(folder: Path, others: dict[str, Run]) -> dict[str, Any]:
-    found: dict[str, Any] = {FEDERATED: run_scores(folder)}
+def _write_pages(folder: Path, store: str) -> None:
+    from server.card import write_card
+    from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
+
+    write_report(folder, store)
+    write_card(folder, store)
+
+
+def _collect(others: dict[str, Run]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     local = {}
     for name, other in others.items():
         if name == POOLED:
