@@ -30,7 +30,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 bench: $(VENV)/test
-	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.engine --peers --scale --write
 
 # The documentation as a site that opens without a network: site/index.html.
 docs: $(VENV)/test

@@ -154,8 +154,8 @@ def machine() -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "flwr", "numpy"))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return (
-        f"{time.strftime('%d %B %Y')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"{versions}; load when it began {load:.1f}."
+        f"{time.strftime('%d %B %Y')}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, {versions}; load when it began {load:.1f}."
     )
 
 

@@ -74,7 +74,7 @@ class Workload:
 
 
 W1 = Workload("w1", 8, 64, 28, 1, "cnn", 19, 20, 2, 32, 0.05)
-W2 = Workload("w2", 4, 200, 64, 1, "unet", 13, 5, 10, 20, 0.05, depth=5)
+W2 = Workload("w2", 4, 200, 64, 1, "unet", 16, 5, 10, 20, 0.05, depth=5)
 W3 = Workload("w3", 8, 4, 64, 3, "resnet50", 24, 5, 1, 4, 0.0005)
 W4 = Workload("w4", 200, 16, 28, 1, "cnn", 19, 3, 1, 16, 0.05)
 WORKLOADS = {workload.name: workload for workload in (W1, W2, W3, W4)}

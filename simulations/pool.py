@@ -232,7 +232,10 @@ class WorkerPool:
         if body is None:
             _fail(task)
         elif task.future.set_running_or_notify_cancel():
-            task.future.set_result(unpack(body, Source(task.reply, size) if task.reply and size else None))
+            try:
+                task.future.set_result(unpack(body, Source(task.reply, size) if task.reply and size else None))
+            except Exception as problem:  # only what the app put into its reply can be at fault
+                task.future.set_exception(WorkerDied(repr(problem)))
 
 
 def _fail(task: Task) -> None:

@@ -11,11 +11,13 @@ when nothing that was read from it is left.
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import os
 import pickle
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,8 @@ class Segment:
         self.number = number
         self.fd = os.memfd_create("consilium") if fd is None else fd
         self.dirty = False  # a process may still look at it, and did not say when it stops
+        self._end = weakref.finalize(self, os.close, self.fd)
+        self._end.atexit = False
 
     def write(self, arrays: list[np.ndarray]) -> None:
         """Write arrays one after the other, each aligned."""
@@ -51,9 +55,8 @@ class Segment:
 
     def close(self) -> None:
         """Give it up; its memory is free once nobody maps it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._end()
+        self.fd = -1
 
 
 class Lease:
@@ -68,7 +71,7 @@ class Segments:
 
     def __init__(self) -> None:
         self._spare: deque[Segment] = deque()
-        self._numbers = 0
+        self._numbers = itertools.count(1)  # taken by several threads
         self._in_use: dict[int, Segment] = {}
         self._closed = not hasattr(os, "memfd_create")
 
@@ -80,8 +83,7 @@ class Segments:
             segment = self._spare.pop()
         except IndexError:
             try:
-                self._numbers += 1
-                segment = Segment(self._numbers)
+                segment = Segment(next(self._numbers))
             except OSError:  # no descriptor is left, or the machine forbids it
                 return None
         self._in_use[segment.number] = segment
@@ -135,9 +137,11 @@ class Source:
             self._map.lease = self.lease
         return self._map
 
-    def seen(self) -> weakref.ref[_Map] | None:
-        """Tells later whether somebody still holds an array that was read in place."""
-        return None if self._map is None else weakref.ref(self._map)
+    def held(self) -> Callable[[], bool]:
+        """Tells later, when this is no longer referred to here, whether somebody else holds the message or an array
+        of it that was read in place."""
+        own, read = weakref.ref(self), weakref.ref(self._map) if self._map is not None else None
+        return lambda: own() is not None or (read is not None and read() is not None)
 
 
 class Stored:

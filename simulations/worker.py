@@ -77,7 +77,7 @@ def work(
             for number in order.news:
                 known[number] = Segment(number, recv_handle(pipe))
             for number in order.gone:
-                known.pop(number).close()
+                del known[number]  # it is closed when no message that was kept refers to it
             answer(pipe, order, known, client_app)
 
 
@@ -89,12 +89,12 @@ def answer(pipe: Connection, order: Order, known: dict[int, Segment], app: Clien
     reply = call(app, message, order.context)
     target = known[order.reply] if order.reply else None
     body, size = pack((reply, order.context.state), target)
-    seen = source.seen() if source is not None else None
+    held = source.held() if source is not None else None
     del source, content, message, reply
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()
         torch.cuda.empty_cache()  # another worker may be on this GPU
-    pipe.send((size, seen is not None and seen() is not None))
+    pipe.send((size, held is not None and held()))
     pipe.send_bytes(body)
 
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 SIZE = 50_000
 app = ClientApp()
 _kept: list[np.ndarray] = []
+_records: list[ArrayRecord] = []
 
 
 @app.train()
@@ -45,8 +46,13 @@ def train(message: Message, context: Context) -> Message:
         module.weight.mul_(7)
     arrays["w"] = Array(np.full(SIZE, -1, np.float32))
     if config.get("keeps"):
-        _kept.append(message.content.array_records["late"]["w"].numpy())
+        late = message.content.array_records["late"]
+        if config["keeps"] == 1:  # what it read; or the message's record, to be read by and by
+            _kept.append(late["w"].numpy())
+        else:
+            _records.append(late)
         reply["metrics"]["kept"] = [float(array[0]) for array in _kept]
+        reply["metrics"]["read"] = [float(record["w"].numpy()[0]) for record in _records[:-2]]
     return Message(reply, reply_to=message)
 
 
@@ -94,14 +100,15 @@ def test_replies_that_are_held_stay_as_they_are_while_more_rounds_come(pool: Wor
     assert {type(numbers).__name__ for numbers in shared} == {"Stored", "Kept"}
 
 
-def test_a_client_that_keeps_what_it_was_sent_keeps_it_unchanged(pool: WorkerPool) -> None:
-    grid = grid_of(pool, 2)
-    for round_ in range(1, 6):
-        replies = list(grid.send_and_receive(messages(grid, float(round_), keeps=1)))
-    kept = [list(reply.content.metric_records["metrics"]["kept"]) for reply in replies]  # type: ignore[arg-type]
-    for values in kept:
-        assert values == sorted(values)  # of each round what it was
-        assert set(values) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+@pytest.mark.parametrize("keeps", [1, 2])
+def test_a_client_that_keeps_what_it_was_sent_keeps_it_unchanged(keeps: int) -> None:
+    with WorkerPool(app, 1) as pool:
+        grid = grid_of(pool, 2)
+        for round_ in range(1, 7):
+            replies = list(grid.send_and_receive(messages(grid, float(round_), keeps=keeps)))
+    found = replies[-1].content.metric_records["metrics"]
+    expected = [float(round_) for round_ in range(1, 7) for _ in range(2)]  # of each round what it was
+    assert list(found["kept"]) + list(found["read"]) == (expected if keeps == 1 else expected[:-2])  # type: ignore[arg-type]
 
 
 def test_workers_are_replaced_while_the_parents_threads_are_busy(pool: WorkerPool) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,6 +20,8 @@ from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
 from simulations.simulate import node_of, run
 from tests.conftest import write_site
+
+NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
 
 # The site's own app, which says on which node it trains and takes its time on the one to be lost.
 _APP = """
@@ -39,57 +42,68 @@ def app(message, context):
 """
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes with a core each; actors find ``slow_app``."""
+class Nodes(NamedTuple):
+    """A cluster's address, its second node, and the folder where actors leave marks of where they train."""
+
+    cluster: Any
+    second: Any
+    marks: Path
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """A cluster of one node; actors find ``slow_app``."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    (tmp_path / "apps").mkdir()
-    (tmp_path / "apps" / "slow_app.py").write_text(_APP.format(marks=str(marks)))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "apps"))
-    monkeypatch.syspath_prepend(str(tmp_path / "apps"))
-    node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    root = tmp_path_factory.mktemp("ray")
+    (root / "marks").mkdir()
+    (root / "slow_app.py").write_text(_APP.format(marks=str(root / "marks")))
     made = Cluster()
-    try:
-        patiently(lambda: made.add_node(**node))
-        made.second = patiently(lambda: made.add_node(**node))
-        yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-        sys.modules.pop("slow_app", None)
-
-
-def patiently(start: Callable[[], Any]) -> Any:
-    """Ray gives a node half a minute to start, which beside other tests may not be enough."""
-    for left in (2, 1, 0):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(root))
+        patch.syspath_prepend(str(root))
         try:
-            return start()
-        except Exception:
-            if not left:
-                raise
-    return None
+            # Ray gives a node half a minute to start, and no setting changes that; on a busy machine it takes longer.
+            slow = SimpleNamespace(time=time.time, sleep=time.sleep, monotonic=lambda: time.monotonic() / 10)
+            patch.setattr("ray._private.node.time", slow)
+            made.add_node(**NODE)
+            yield made, root / "marks"
+        finally:
+            ray.shutdown()
+            made.shutdown()
+            sys.modules.pop("slow_app", None)
 
 
-def lose_when(cluster: Any, marks: Path, there: Callable[[], bool]) -> threading.Thread:
-    """Take the second node away, without a word, as soon as ``there``."""
+@pytest.fixture
+def nodes(head: tuple[Any, Path]) -> Nodes:
+    """A second node joins, to be lost."""
+    second = head[0].add_node(**NODE)
+    (head[1] / "lost").write_text(second.node_id)
+    return Nodes(head[0], second, head[1])
+
+
+def lose_when_at_work(nodes: Nodes) -> threading.Thread:
+    """Take the second node away, without a word, as soon as a site trains there."""
 
     def wait() -> None:
-        while not there():
+        while not trained_at(nodes):
             time.sleep(0.05)
-        cluster.remove_node(cluster.second, allow_graceful=False)
+        nodes.cluster.remove_node(nodes.second, allow_graceful=False)
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
 
 
+def trained_at(nodes: Nodes) -> list[Path]:
+    """Marks of the second node."""
+    return list(nodes.marks.glob(f"{nodes.second.node_id}-*"))
+
+
 @pytest.mark.slow
 def test_a_node_lost_in_a_round_changes_nothing_where_the_round_may_be_done_again(
-    cluster: Any, tiny_job: Job, tmp_path: Path
+    nodes: Nodes, tiny_job: Job, tmp_path: Path
 ) -> None:
     from simulations.ray_pool import RayPool
 
@@ -102,13 +116,11 @@ def test_a_node_lost_in_a_round_changes_nothing_where_the_round_may_be_done_agai
 
     with WorkerPool("client.app:app", 1) as pool:
         local = play(pool, tmp_path / "local")
-    marks, second = tmp_path / "marks", cluster.second.node_id
-    (marks / "lost").write_text(second)
-    losing = lose_when(cluster, marks, lambda: any(marks.glob(f"{second}-*")))
-    with RayPool("slow_app:app", 2, cluster.address) as pool:
+    losing = lose_when_at_work(nodes)
+    with RayPool("slow_app:app", 2, nodes.cluster.address) as pool:
         far = play(pool, tmp_path / "far")
     losing.join(60)
-    assert any(marks.glob(f"{second}-*"))  # the lost node was at work
+    assert trained_at(nodes)  # the lost node was at work
     assert far == local
     rounds = [event for event in read_events(tmp_path / "far") if event["event"] == "round"]
     assert [len(event["trained"]) for event in rounds] == [4, 4]
@@ -117,15 +129,13 @@ def test_a_node_lost_in_a_round_changes_nothing_where_the_round_may_be_done_agai
 
 @pytest.mark.slow
 def test_a_node_lost_in_a_round_gives_error_replies_where_it_may_not(
-    cluster: Any, tiny_job: Job, tmp_path: Path
+    nodes: Nodes, tiny_job: Job, tmp_path: Path
 ) -> None:
     from simulations.ray_pool import RayPool
 
     files = [write_site(tmp_path / "sites" / name, name) for name in ("a", "b", "c", "d")]
-    marks, second = tmp_path / "marks", cluster.second.node_id
-    (marks / "lost").write_text(second)
-    losing = lose_when(cluster, marks, lambda: any(marks.glob(f"{second}-*")))
-    with RayPool("slow_app:app", 2, cluster.address, retries=0) as pool:
+    losing = lose_when_at_work(nodes)
+    with RayPool("slow_app:app", 2, nodes.cluster.address, retries=0) as pool:
         job, out = tiny_job.replace(federation__rounds=2), tmp_path / "far"
         Run(LocalGrid(pool, [node_of(out / "sites", file) for file in files], job.flat()), job, out).run()
     losing.join(60)
