@@ -85,6 +85,10 @@ def commands() -> None:
     "--baselines", is_flag=True, help="Also train each site alone and all pooled, with the same gradient steps."
 )
 @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
+@click.option("--devices", default="", metavar="LIST", help="Where they compute: cpu, or a list such as cuda:0,cuda:1.")
+@click.option("--per-device", type=click.IntRange(1), help="How many workers share a GPU.  [default: 1]")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="ray: workers on a Ray cluster.")
+@click.option("--address", default="", help="With --engine ray: the cluster's address, or auto.  [default: Ray here]")
 @click.option("--seed", type=int, help="Shorthand for --set seed=N.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
 @click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)
@@ -97,6 +101,10 @@ def simulate(
     out: Path | None,
     baselines: bool,
     workers: int | None,
+    devices: str,
+    per_device: int | None,
+    engine: str,
+    address: str,
     seed: int | None,
     heldout: Path | None,
     store: str,
@@ -112,7 +120,19 @@ def simulate(
     from consilium.notebook import run
     from consilium.tables import print_result
 
-    result = run(loaded, data, out, workers=workers, baselines=baselines, heldout=heldout, store=store)
+    result = run(
+        loaded,
+        data,
+        out,
+        workers=workers,
+        baselines=baselines,
+        heldout=heldout,
+        store=store,
+        devices=devices,
+        per_device=per_device,
+        engine=engine,
+        address=address,
+    )
     print_result(result)
 
 
