@@ -7,21 +7,33 @@ which the checkpoint saves: a resumed run goes on as if it had not been broken o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+import torch
 from torch import Tensor
 
-from server.aggregation import AGGREGATORS
+from server import aggregation, robust
+from server.optimizers import OPTIMIZERS, server_rate
 from shared.config import Job
+from shared.strategies import AGGREGATORS
 
 Arrays = dict[str, Tensor]
+FIRST, SECOND = "server-first", "server-second"  # moments of the server's optimiser, in ``held``
+
+
+def aggregator(name: str) -> aggregation.Aggregator:
+    """The aggregator of this name: what its line in the registry brings, or the function in ``server``."""
+    return AGGREGATORS[name].function or vars(robust).get(name) or vars(aggregation)[name]
 
 
 class Algorithm:
-    """How the job's federation makes a new global model of the old one and the replies of a round."""
+    """How the job's federation makes a new global model of the old one and the replies of a round.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    ``buffers`` are names of arrays that nothing trains, such as BatchNorm's running statistics: they are not stepped.
+    """
+
+    def __init__(self, job: Job, buffers: Collection[str] = ()) -> None:
+        self.job, self.buffers = job, frozenset(buffers)
         self.held: dict[str, Arrays] = {}
 
     def outgoing(self) -> dict[str, Arrays]:
@@ -34,8 +46,30 @@ class Algorithm:
         Raises:
             ValueError: there is no reply.
         """
-        return self.step(before, AGGREGATORS[self.job.federation.aggregator](replies), number)
+        merge = aggregator(self.job.federation.aggregator)
+        return self.step(before, merge(replies, before, self.job), number)
 
     def step(self, before: Arrays, merged: Arrays, number: int) -> Arrays:
-        """The server's optimiser on the change from ``before`` to the aggregate ``merged``."""
-        return merged
+        """The server's optimiser on the change from ``before`` to the aggregate ``merged``.
+
+        Buffers and whole numbers are taken from ``merged``. Half-precision weights are stepped in float32.
+        """
+        name = self.job.federation.server_optimizer
+        if name == "none":
+            return merged
+        rate = server_rate(self.job, number)
+        first, second = self.held.setdefault(FIRST, {}), self.held.setdefault(SECOND, {})
+        stepped: Arrays = {}
+        for key, new in merged.items():
+            if key in self.buffers or not new.is_floating_point():
+                stepped[key] = new
+                continue
+            wide = torch.promote_types(new.dtype, torch.float32)
+            old = before[key].to(wide)
+            moments = {kind: held[key] for kind, held in (("first", first), ("second", second)) if key in held}
+            stepped[key] = OPTIMIZERS[name](old, new.to(wide) - old, moments, rate, self.job, number).to(new.dtype)
+            for kind, held in (("first", first), ("second", second)):
+                if kind in moments:
+                    held[key] = moments[kind]
+        self.held = {kind: arrays for kind, arrays in self.held.items() if arrays}
+        return stepped
