@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from server import aggregation, robust
-from server.optimizers import OPTIMIZERS, server_rate
+from server.optimizers import MOMENTS, OPTIMIZERS, server_rate
 from shared.config import Job
 from shared.strategies import AGGREGATORS
 
 Arrays = dict[str, Tensor]
-FIRST, SECOND = "server-first", "server-second"  # moments of the server's optimiser, in ``held``
 
 
 def aggregator(name: str) -> aggregation.Aggregator:
@@ -29,11 +28,11 @@ def aggregator(name: str) -> aggregation.Aggregator:
 class Algorithm:
     """How the job's federation makes a new global model of the old one and the replies of a round.
 
-    ``buffers`` are names of arrays that nothing trains, such as BatchNorm's running statistics: they are not stepped.
+    ``trained`` names the arrays that gradients train; others, such as BatchNorm's running statistics, are not stepped.
     """
 
-    def __init__(self, job: Job, buffers: Collection[str] = ()) -> None:
-        self.job, self.buffers = job, frozenset(buffers)
+    def __init__(self, job: Job, trained: Collection[str] = ()) -> None:
+        self.job, self.trained = job, frozenset(trained)
         self.held: dict[str, Arrays] = {}
 
     def outgoing(self) -> dict[str, Arrays]:
@@ -52,24 +51,21 @@ class Algorithm:
     def step(self, before: Arrays, merged: Arrays, number: int) -> Arrays:
         """The server's optimiser on the change from ``before`` to the aggregate ``merged``.
 
-        Buffers and whole numbers are taken from ``merged``. Half-precision weights are stepped in float32.
+        What is not trained is taken from ``merged``. Half-precision weights are stepped in float32.
         """
         name = self.job.federation.server_optimizer
         if name == "none":
             return merged
         rate = server_rate(self.job, number)
-        first, second = self.held.setdefault(FIRST, {}), self.held.setdefault(SECOND, {})
         stepped: Arrays = {}
         for key, new in merged.items():
-            if key in self.buffers or not new.is_floating_point():
+            if key not in self.trained or not new.is_floating_point():
                 stepped[key] = new
                 continue
             wide = torch.promote_types(new.dtype, torch.float32)
             old = before[key].to(wide)
-            moments = {kind: held[key] for kind, held in (("first", first), ("second", second)) if key in held}
+            moments = {kind: self.held[kind][key] for kind in MOMENTS if key in self.held.get(kind, {})}
             stepped[key] = OPTIMIZERS[name](old, new.to(wide) - old, moments, rate, self.job, number).to(new.dtype)
-            for kind, held in (("first", first), ("second", second)):
-                if kind in moments:
-                    held[key] = moments[kind]
-        self.held = {kind: arrays for kind, arrays in self.held.items() if arrays}
+            for kind, moment in moments.items():
+                self.held.setdefault(kind, {})[key] = moment
         return stepped

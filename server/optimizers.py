@@ -17,7 +17,8 @@ from torch import Tensor
 from shared.config import Job
 from shared.strategies import SERVER_OPTIMIZERS
 
-Moments = dict[str, Tensor]  # "first" and "second", like the array
+Moments = dict[str, Tensor]  # of one array, each like it
+MOMENTS = FIRST, SECOND = "server-first", "server-second"
 Step = Callable[[Tensor, Tensor, Moments, float, Job, int], Tensor]
 
 
@@ -32,7 +33,7 @@ def server_rate(job: Job, number: int) -> float:
 
 def momentum(before: Tensor, change: Tensor, moments: Moments, rate: float, job: Job, number: int) -> Tensor:
     """FedAvgM: the velocity is ``server_momentum`` times itself and the change."""
-    velocity = _moment(moments, "first", change).mul_(job.federation.server_momentum).add_(change)
+    velocity = _moment(moments, FIRST, change).mul_(job.federation.server_momentum).add_(change)
     return before + rate * velocity
 
 
@@ -40,7 +41,7 @@ def adam(before: Tensor, change: Tensor, moments: Moments, rate: float, job: Job
     """FedAdam; the correction of the first rounds counts them from 2, as Flower does."""
     beta1, beta2 = job.federation.server_momentum, job.federation.server_beta2
     first = _average(moments, change, beta1)
-    second = _moment(moments, "second", change).mul_(beta2).addcmul_(change, change, value=1 - beta2)
+    second = _moment(moments, SECOND, change).mul_(beta2).addcmul_(change, change, value=1 - beta2)
     rate *= math.sqrt(1 - beta2 ** (number + 1)) / (1 - beta1 ** (number + 1))
     return before + rate * first / (second.sqrt() + job.federation.server_tau)
 
@@ -48,19 +49,19 @@ def adam(before: Tensor, change: Tensor, moments: Moments, rate: float, job: Job
 def yogi(before: Tensor, change: Tensor, moments: Moments, rate: float, job: Job, number: int) -> Tensor:
     """FedYogi: the second moment moves by a share of the squared change, whatever it is itself."""
     first, square = _average(moments, change, job.federation.server_momentum), change.square()
-    second = _moment(moments, "second", change)
+    second = _moment(moments, SECOND, change)
     second.sub_((1 - job.federation.server_beta2) * square * torch.sign(second - square))
     return before + rate * first / (second.sqrt() + job.federation.server_tau)
 
 
 def adagrad(before: Tensor, change: Tensor, moments: Moments, rate: float, job: Job, number: int) -> Tensor:
     """FedAdagrad: the second moment is the sum of all squared changes; there is no first."""
-    second = _moment(moments, "second", change).addcmul_(change, change)
+    second = _moment(moments, SECOND, change).addcmul_(change, change)
     return before + rate * change / (second.sqrt() + job.federation.server_tau)
 
 
 def _average(moments: Moments, change: Tensor, beta: float) -> Tensor:
-    return _moment(moments, "first", change).mul_(beta).add_(change, alpha=1 - beta)
+    return _moment(moments, FIRST, change).mul_(beta).add_(change, alpha=1 - beta)
 
 
 def _moment(moments: Moments, kind: str, like: Tensor) -> Tensor:

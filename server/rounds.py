@@ -23,7 +23,7 @@ from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
 from server.exchange import array_bytes, replies
 from server.roll import call, shortfall
-from server.sampling import in_turn, sample
+from server.sampling import pass_on, sample
 from server.secure import SecureRound
 from server.store import Store, read_events, write_pictures, write_text
 from shared import __version__
@@ -76,7 +76,7 @@ class Run:
         self.model = self.task.build_model(job)
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
-        self.algorithm = Algorithm(job, [name for name, _ in self.model.named_buffers()])
+        self.algorithm = Algorithm(job, [name for name, _ in self.model.named_parameters()])
         self.asked: Counter[str] = Counter()  # how often each site was asked to train
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
@@ -116,7 +116,8 @@ class Run:
             self.reference = train_reference(self.grid, job, self.folder, self.store.store)
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
-            self.algorithm.held, self.asked = self.resumed.held, Counter(self.resumed.more.get("asked", {}))
+            self.algorithm.held.update(self.resumed.held)
+            self.asked.update(self.resumed.more.get("asked", {}))
             if self.central is not None:
                 self.central.bound, self.central.rounds = self.resumed.more["central"]
         else:
@@ -230,7 +231,6 @@ class Run:
         return dropped
 
     def _require(self, admitted: int, dropped: list[dict[str, str]], when: str, secure: int = 0) -> None:
-        """``secure``: how many secure aggregation needs."""
         if lack := shortfall(admitted, dropped, self.job, secure):
             raise RunFailed(f"{when}, {lack}")
 
@@ -277,10 +277,7 @@ class Run:
                 merged = self.algorithm.step(arrays, merged, number)
                 noised = {"central": self.central.facts()}
             elif self.job.federation.order == "cyclic":
-                merged = arrays
-                for place in in_turn(places, number):  # who is left out passes on what it got
-                    merged = next((passed for _, passed in admitted([place], merged)), merged)
-                merged = self.algorithm.step(arrays, merged, number)
+                merged = self.algorithm.step(arrays, pass_on(admitted, places, arrays, number), number)
             else:
                 merged = self.algorithm.merge(admitted(places, arrays), arrays, number)
         except ValueError:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
 
 from server.admission import Place
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.pairs import fewest
+
+Arrays = dict[str, Tensor]
+Train = Callable[[list[Place], Arrays], Iterator[tuple[float, Arrays]]]
 
 
 def sample(places: Sequence[Place], job: Job, number: int, asked: Mapping[str, int]) -> list[Place]:
@@ -30,7 +35,20 @@ def sample(places: Sequence[Place], job: Job, number: int, asked: Mapping[str, i
     return [able[i] for i in sorted(chosen)]
 
 
-def in_turn(places: Sequence[Place], number: int) -> list[Place]:
-    """The order of a cycle: the same circle every round, begun one further, so that the last word goes round, too."""
-    begin = (number - 1) % len(places) if places else 0
-    return [*places[begin:], *places[:begin]]
+def pass_on(train: Train, places: Sequence[Place], arrays: Arrays, number: int) -> Arrays:
+    """The model after going from site to site (cyclical weight transfer, Chang et al. 2018).
+
+    It is the same circle every round, begun one further, so that the last word goes round, too. ``train`` gives the
+    replies that are in order; a site without one passes on what it got.
+
+    Raises:
+        ValueError: there was no reply at all.
+    """
+    begin = (number - 1) % max(len(places), 1)
+    answered = False
+    for place in [*places[begin:], *places[:begin]]:
+        for _, passed in train([place], arrays):
+            arrays, answered = passed, True
+    if not answered:
+        raise ValueError("no reply to pass on")
+    return arrays

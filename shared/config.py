@@ -77,6 +77,12 @@ class Job:
         """The validation metric that picks the best round."""
         return self.evaluation.best_metric or next(iter(TASKS[self.task].metrics))
 
+    def local_steps(self, images: int) -> int:
+        """Gradient steps of a round at a site that tells of ``images`` training images."""
+        if not self.train.local_epochs:
+            return self.train.local_steps
+        return max(1, math.ceil(self.train.local_epochs * images / self.train.batch_size - 1e-9))
+
     def flat(self) -> dict[str, Scalar]:
         """All settings as ``{"table.key": value}``, in the order of this file."""
         flat: dict[str, Scalar] = {}

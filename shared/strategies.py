@@ -16,7 +16,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.settings import Federation
 
 Value = str | int | float | bool
 
@@ -89,3 +92,15 @@ def resolve(name: str, flat: Mapping[str, Value], defaults: Mapping[str, Value])
         if chosen.get(key, defaults[key]) == defaults[key]:
             chosen[key] = value
     return chosen
+
+
+def in_words(federation: Federation) -> str:
+    """How a job's sites make one model, as a sentence begins."""
+    if federation.order == "cyclic":
+        how = "Training from site to site in turn"
+    elif federation.aggregator == "mean":
+        how = "Federated averaging"
+    else:
+        how = f"Federated training, merged by {federation.aggregator},"
+    optimizer = federation.server_optimizer
+    return how if optimizer == "none" else f"{how} with {optimizer} at the server"
