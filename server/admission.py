@@ -191,6 +191,8 @@ def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> di
             raise Dropped("wrong-dtype")
         if array.is_floating_point() and not torch.isfinite(array).all():
             raise Dropped("not-finite")
+        if name.endswith("running_var") and bool((array < 0).any()):
+            raise Dropped("bad-variance")  # its root would make the whole model NaN
         arrays[name] = array
     return arrays
 

@@ -17,9 +17,7 @@ from tests.server.algorithms import job
 
 
 def places(count: int, empty: int = 0) -> list[Place]:
-    return [
-        Place(node, f"site-{node:03}", {"train": 0 if node < empty else 5}, [], 0) for node in range(count + empty)
-    ]
+    return [Place(node, f"site-{node:03}", {"train": 0 if node < empty else 5}, [], 0) for node in range(count + empty)]
 
 
 def rounds(there: list[Place], asked: Job, count: int) -> list[list[str]]:
