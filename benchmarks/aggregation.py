@@ -2,9 +2,9 @@
 
     python -m benchmarks.aggregation [--replies 64] [--millions 25] [--aggregator mean] [--runs 3]
 
-A stream of replies of so many million float32, in ten layers, is merged by one of the job's aggregators; each reply is
-there when it is asked for and gone after it. Bandwidth counts a reply's bytes once, as for the copy. Memory is that of
-the process above what it had before, in models of float32.
+A stream of replies of so many million float32, in ten layers, is merged by one of the job's aggregators, and as many
+bytes are copied (NumPy, one thread) in between. Bandwidth counts a reply's bytes once, as for the copy. Memory is that
+of the process above what it had before, in models of float32, with replies that come and go.
 """
 
 from __future__ import annotations
@@ -27,10 +27,28 @@ from shared.strategies import AGGREGATORS
 LAYERS = 10
 
 
-def models(layers: list[int], count: int) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Replies as they come: one in memory at a time; filled by a copy, whose time is taken off."""
-    for number in range(count):
-        yield float(100 + number), {f"layer{i}": torch.full((size,), 0.5) for i, size in enumerate(layers)}
+class Replies:
+    """A stream of replies, and before each a copy of as many bytes: so both meet the same load of the machine.
+
+    ``fresh`` makes each reply anew, as it comes from the network, instead of giving the same one again.
+    """
+
+    def __init__(self, layers: list[int], count: int, fresh: bool = False) -> None:
+        self.layers, self.count, self.fresh = layers, count, fresh
+        self.copied: list[float] = []  # seconds
+
+    def __iter__(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
+        made = {f"layer{i}": torch.full((size,), 0.5) for i, size in enumerate(self.layers)}
+        target = {} if self.fresh else {name: torch.zeros_like(array) for name, array in made.items()}
+        for number in range(self.count):
+            for name, array in target.items():
+                begin = time.perf_counter()
+                np.copyto(array.numpy(), made[name].numpy())
+                self.copied.append(time.perf_counter() - begin)
+            yield float(100 + number), made
+            if self.fresh:
+                made = {}  # it is gone before the next one comes
+                made = {f"layer{i}": torch.full((size,), 0.5) for i, size in enumerate(self.layers)}
 
 
 class Peak:
@@ -52,30 +70,16 @@ class Peak:
         self.thread.join()
 
 
-def copied(layers: list[int], times: int = 10) -> float:
-    """Bytes per second of copying a model's arrays by NumPy, one thread; the best of some."""
-    source, target = [np.ones(size, np.float32) for size in layers], [np.zeros(size, np.float32) for size in layers]
-    best = 0.0
-    for _ in range(times):
-        begin = time.perf_counter()
-        for one, other in zip(source, target, strict=True):
-            np.copyto(other, one)
-        best = max(best, 4 * sum(layers) / (time.perf_counter() - begin))
-    return best
-
-
-def merged(name: str, job: Job, layers: list[int], count: int) -> tuple[float, float]:
-    """Bytes of replies per second, and the peak in models."""
+def measured(name: str, job: Job, layers: list[int], count: int) -> tuple[float, float, float]:
+    """Seconds of copying the replies and of merging them, and the peak in models."""
     before = {f"layer{i}": torch.zeros(size) for i, size in enumerate(layers)}
+    replies = Replies(layers, count)
     begin = time.perf_counter()
-    for _ in models(layers, count):
-        pass
-    made = time.perf_counter() - begin
+    aggregator(name)(replies, before, job)
+    merging = time.perf_counter() - begin - sum(replies.copied)
     with Peak() as peak:
-        begin = time.perf_counter()
-        aggregator(name)(models(layers, count), before, job)
-        spent = time.perf_counter() - begin - made
-    return 4 * sum(layers) * count / spent, peak.most / (4 * sum(layers))
+        aggregator(name)(Replies(layers, min(count, 8), fresh=True), before, job)
+    return sum(replies.copied), merging, peak.most / (4 * sum(layers))
 
 
 def main() -> None:
@@ -88,13 +92,14 @@ def main() -> None:
     args = asked.parse_args()
     job = job_from_flat({"federation.aggregator": args.aggregator})
     layers = [int(args.millions * 1e6) // LAYERS] * LAYERS
+    size = 4 * sum(layers) * args.replies / 1e9
     shares, peaks = [], []
     for _ in range(args.runs):
-        copy = copied(layers)
-        speed, peak = merged(args.aggregator, job, layers, args.replies)
-        shares.append(speed / copy)
+        copying, merging, peak = measured(args.aggregator, job, layers, args.replies)
+        shares.append(copying / merging)
         peaks.append(peak)
-        print(f"{speed / 1e9:.2f} GB/s, copy {copy / 1e9:.2f} GB/s, share {speed / copy:.2f}, peak {peak:.2f} models")
+        speeds = f"{size / merging:.2f} GB/s, copy {size / copying:.2f} GB/s"
+        print(f"{speeds}, share {shares[-1]:.2f}, peak {peak:.2f} models")
     print(
         f"median share {statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f}), peak {max(peaks):.2f}"
     )

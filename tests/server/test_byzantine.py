@@ -25,7 +25,7 @@ Attack = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 # Of an array before and after honest training, and a generator that is one for all liars of a round, what is sent.
 ATTACKS: dict[str, Attack] = {
     "flipped": lambda before, after, own: before - 10 * (after - before),
-    "scaled": lambda before, after, own: before + 200 * (after - before),
+    "scaled": lambda before, after, own: -50 * after,
     "noise": lambda before, after, own: before + own.normal(0, 2, before.shape).astype(before.dtype),
     "colluding": lambda before, after, own: before - own.choice([-1.0, 1.0], before.shape).astype(before.dtype),
 }
@@ -90,11 +90,11 @@ def auroc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measure]:
 @pytest.fixture
 def job(tiny_job: Job) -> Job:
     return tiny_job.replace(
-        federation__rounds=12,
-        evaluation__every=12,
+        federation__rounds=6,
+        evaluation__every=6,
         train__class_weights="none",
-        train__local_steps=3,
-        train__learning_rate=0.01,
+        train__local_steps=4,
+        train__learning_rate=0.015,
     )
 
 
