@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.gathered import Gathered, norm_of
+from server.gathered import Gathered, TooFew, norm_of
 from shared.config import Job
 
 Arrays = Mapping[str, Tensor]
@@ -64,7 +64,7 @@ def weighted_mean(replies: Iterable[tuple[float, Arrays]]) -> dict[str, Tensor]:
     together, the mean of the variances plus the variance of the means, which its plain average would leave out.
 
     Raises:
-        ValueError: the stream was empty.
+        TooFew: the stream was empty.
     """
     total = 0.0
     sums: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ def weighted_mean(replies: Iterable[tuple[float, Arrays]]) -> dict[str, Tensor]:
             total += weight
             arrays = array = None  # type: ignore[assignment]  # the next reply needs the room
     if not total:
-        raise ValueError("no reply to aggregate")
+        raise TooFew("no reply to aggregate")
     for name, spread in between.items():
         partner = name.removesuffix("running_mean") + "running_var"
         if partner in sums:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from server import aggregation, robust
+from server.gathered import TooFew as TooFew
 from server.optimizers import MOMENTS, OPTIMIZERS, server_rate
 from shared.config import Job
 from shared.strategies import AGGREGATORS
@@ -43,7 +44,7 @@ class Algorithm:
         """The global model after round ``number``, of which ``before`` was sent out.
 
         Raises:
-            ValueError: there is no reply.
+            TooFew: there is no reply, or the aggregator needs more.
         """
         merge = aggregator(self.job.federation.aggregator)
         return self.step(before, merge(replies, before, self.job), number)

@@ -20,6 +20,10 @@ Arrays = Mapping[str, Tensor]
 BLOCK = 1 << 21  # numbers that are worked on at once, of all replies together
 
 
+class TooFew(ValueError):
+    """There are not as many replies as are needed; the model stays what it was."""
+
+
 class Gathered:
     """The replies of a round, in their order; use it in a ``with``.
 
@@ -27,7 +31,7 @@ class Gathered:
     it lies by mapping it into memory: nothing else knows the difference, and the result is the same to the bit.
 
     Raises:
-        ValueError: there are fewer than ``least`` replies.
+        TooFew: there are fewer than ``least`` replies.
     """
 
     def __init__(self, replies: Iterable[tuple[float, Arrays]], job: Job, least: int = 1) -> None:
@@ -41,7 +45,7 @@ class Gathered:
             self.arrays.append(arrays if left >= 0 else self._spilled(arrays))
         if len(self) < max(least, 1):
             self.close()
-            raise ValueError(f"no reply to aggregate, or too few: {len(self)}, not {least}")
+            raise TooFew(f"no reply to aggregate, or too few: {len(self)}, not {least}")
 
     def __len__(self) -> int:
         return len(self.weights)

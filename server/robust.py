@@ -51,7 +51,7 @@ def krum(replies: Replies, before: Arrays, job: Job) -> dict[str, Tensor]:
     n are the replies, f = ``federation.byzantine``.
 
     Raises:
-        ValueError: n is less than 2 f + 3.
+        TooFew: n is less than 2 f + 3.
     """
     with Gathered(replies, job, fewest(job)) as gathered:
         best = _ranked(gathered, before, job)[0]
@@ -64,7 +64,7 @@ def multikrum(replies: Replies, before: Arrays, job: Job) -> dict[str, Tensor]:
     0 selects n - f - 2, the most for which El Mhamdi et al. 2018 prove something.
 
     Raises:
-        ValueError: n is less than 2 f + 3.
+        TooFew: n is less than 2 f + 3.
     """
     with Gathered(replies, job, fewest(job)) as gathered:
         most = job.federation.selected or len(gathered) - job.federation.byzantine - 2
@@ -78,7 +78,7 @@ def bulyan(replies: Replies, before: Arrays, job: Job) -> dict[str, Tensor]:
     El Mhamdi et al. 2018; replies are ranked once, as in Flower, not again after each that is taken.
 
     Raises:
-        ValueError: n is less than 4 f + 3.
+        TooFew: n is less than 4 f + 3.
     """
     with Gathered(replies, job, fewest(job)) as gathered:
         bad = job.federation.byzantine

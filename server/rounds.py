@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from server.admission import Dropped, Place, Update, admit, admit_sums
-from server.algorithm import Algorithm
+from server.algorithm import Algorithm, TooFew
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
 from server.exchange import array_bytes, replies
@@ -280,7 +280,7 @@ class Run:
                 merged = self.algorithm.step(arrays, pass_on(admitted, places, arrays, number), number)
             else:
                 merged = self.algorithm.merge(admitted(places, arrays), arrays, number)
-        except ValueError:
+        except TooFew:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
         facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": dict(self.moved)}

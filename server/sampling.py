@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from server.admission import Place
+from server.gathered import TooFew
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.pairs import fewest
@@ -42,7 +43,7 @@ def pass_on(train: Train, places: Sequence[Place], arrays: Arrays, number: int) 
     replies that are in order; a site without one passes on what it got.
 
     Raises:
-        ValueError: there was no reply at all.
+        TooFew: there was no reply at all.
     """
     begin = (number - 1) % max(len(places), 1)
     answered = False
@@ -50,5 +51,5 @@ def pass_on(train: Train, places: Sequence[Place], arrays: Arrays, number: int) 
         for _, passed in train([place], arrays):
             arrays, answered = passed, True
     if not answered:
-        raise ValueError("no reply to pass on")
+        raise TooFew("no reply to pass on")
     return arrays

@@ -61,7 +61,7 @@ AGGREGATORS: dict[str, Aggregator] = {
 # By name: the server's learning rate where the job's is 0, and what the optimiser does.
 SERVER_OPTIMIZERS: dict[str, tuple[float, str]] = {
     "none": (1.0, "the aggregate is the new model"),
-    "momentum": (1.0, "gradient descent with momentum"),
+    "momentum": (0.1, "gradient descent with momentum; at 0.1 and momentum 0.9 as far in the long run as without"),
     "adam": (0.01, "Adam"),
     "yogi": (0.01, "Yogi: Adam whose second moment grows slower"),
     "adagrad": (0.01, "Adagrad: steps shrink with all changes so far"),

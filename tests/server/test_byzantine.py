@@ -25,7 +25,7 @@ Attack = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 # Of an array before and after honest training, and a generator that is one for all liars of a round, what is sent.
 ATTACKS: dict[str, Attack] = {
     "flipped": lambda before, after, own: before - 10 * (after - before),
-    "scaled": lambda before, after, own: -50 * after,
+    "scaled": lambda before, after, own: before - 200 * (after - before),
     "noise": lambda before, after, own: before + own.normal(0, 2, before.shape).astype(before.dtype),
     "colluding": lambda before, after, own: before - own.choice([-1.0, 1.0], before.shape).astype(before.dtype),
 }
