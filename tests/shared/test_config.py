@@ -108,6 +108,8 @@ def company(key: str, value: Any) -> dict[str, Any]:
         return {"privacy.dp": "local", "train.class_weights": "none"} | both
     if key in ("federation.server_learning_rate", "federation.server_schedule"):
         return {"federation.server_optimizer": "adam"}
+    if key == "data.landmarks":
+        return {"data.harmonise": "nyul", key: "0.01 .1 .2 .3 .4 .5 .6 .7 .8 .9 .99"}
     if key == "privacy.secure_aggregation":
         return {"federation.max_update_norm": 1.0}
     if key != "privacy.dp" or value == "none":
@@ -276,6 +278,7 @@ def other(key: str) -> Any:
         return next((word for word in item.metadata["choices"] if word != item.default), None)
     special: dict[str, Any] = {"evaluation.best_metric": "loss", "data.channels": 3, "data.classes": "abnormal,normal"}
     special["privacy.delta"] = 1e-6
+    special |= {"data.harmonise": "polarity,zscore", "data.landmarks": ".1 .2 .25 .3 .4 .5 .6 .7 .8 .85 .9"}
     if key in special:
         return special[key]
     if isinstance(item.default, bool):
