@@ -194,6 +194,18 @@ def _federated(grid: LocalGrid) -> Callable[[], object]:
     return lambda: server_app(grid, context)
 
 
+# What merges replies has nothing to do with one site.
+PLAIN: dict[str, Scalar] = {
+    "federation__strategy": "fedavg",
+    "federation__aggregator": "mean",
+    "federation__weighting": "examples",
+    "federation__order": "parallel",
+    "federation__server_optimizer": "none",
+    "federation__server_learning_rate": 0.0,
+    "federation__server_schedule": "constant",
+}
+
+
 def _of_one(job: Job) -> dict[str, Scalar]:
     """What privacy is left to a node alone: it has nobody to be summed with, nor to be hidden among."""
     alone: dict[str, Scalar] = {"privacy__secure_aggregation": False}
@@ -211,11 +223,15 @@ def _baselines(pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, sto
     augmentation and schedule; each is tested on all sites' test images.
     """
     job = jury.job
-    per_round = len(jury.sample(1))
+    # Sites that train in epochs take steps by their size: in a round with a share of the sites, as many in the mean.
+    each = [job.local_steps(place.images["train"]) for place in jury.places if place.images["train"]]
+    per_round = round(len(jury.sample(1)) * sum(each) / max(len(each), 1))
     alone = job.replace(
-        train__local_steps=job.train.local_steps * per_round,
+        train__local_steps=max(per_round, 1),
+        train__local_epochs=0.0,
         federation__min_sites=1,
         federation__fraction=1.0,
+        **PLAIN,
         **_of_one(job),
     )
     homes = jury.folder
