@@ -254,6 +254,11 @@ def _check_privacy(job: Job) -> None:
 
 def _check_secure(job: Job) -> None:
     """What secure aggregation needs, and what needs the single replies that it hides."""
+    if job.federation.codec != "none":
+        raise UserError(
+            f'federation.codec = "{job.federation.codec}": each site\'s coded change has scales of its own, so under the '
+            'masks of privacy.secure_aggregation they would not add up; set federation.codec = "none"'
+        )
     if job.federation.max_update_norm <= 0:
         raise UserError(
             "privacy.secure_aggregation = true: set federation.max_update_norm above 0, "

@@ -173,6 +173,7 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run, store: str) -
         train__local_steps=job.train.local_steps * per_round,
         federation__min_sites=1,
         federation__fraction=1.0,
+        federation__codec="none",  # nothing would travel
         **_of_one(job),
     )
     homes = jury.folder
