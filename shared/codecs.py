@@ -121,8 +121,9 @@ def decode(before: Arrays, payload: Bytes, how: Coding) -> dict[str, Tensor]:
         part = payload[start : start + _size(name, old, how)]
         start += len(part)
         if is_coded(name, old):
-            change = torch.from_numpy(how.codec.unpack(part, *_channels(old), how.kept)).reshape(old.shape)
-            after[name] = (old.float() + change).to(old.dtype)
+            with np.errstate(all="ignore"):  # a scale may be anything: what is not finite is the reader's to refuse
+                change = how.codec.unpack(part, *_channels(old), how.kept)
+            after[name] = (old.float() + torch.from_numpy(change).reshape(old.shape)).to(old.dtype)
         else:
             after[name] = torch.frombuffer(bytearray(part), dtype=old.dtype).reshape(old.shape) if len(part) else old
     return after

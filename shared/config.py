@@ -256,8 +256,8 @@ def _check_secure(job: Job) -> None:
     """What secure aggregation needs, and what needs the single replies that it hides."""
     if job.federation.codec != "none":
         raise UserError(
-            f'federation.codec = "{job.federation.codec}": each site\'s coded change has scales of its own, so under the '
-            'masks of privacy.secure_aggregation they would not add up; set federation.codec = "none"'
+            f'federation.codec = "{job.federation.codec}": each site\'s coded change has scales of its own, so '
+            'under the masks of privacy.secure_aggregation they would not add up; set federation.codec = "none"'
         )
     if job.federation.max_update_norm <= 0:
         raise UserError(
