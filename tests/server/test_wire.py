@@ -21,11 +21,12 @@ from server.rounds import Run
 from server.store import read_events
 from server.wire import Addressed, Line
 from shared.codecs import CHANGE, CODECS
-from shared.config import Job
+from shared.config import Job, job_from_flat
 from shared.errors import UserError
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
 from simulations.simulate import node_of, run
+from tests.conftest import write_site
 
 Event = dict[str, Any]
 
@@ -50,36 +51,48 @@ def same(one: Path, other: Path, name: str = "last.safetensors") -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+LONG: dict[str, Any] = {"federation__rounds": 8, "evaluation__every": 8, "train__local_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Job]:
+    """Sites, a run on them whose models travelled whole, and its job."""
+    folder = tmp_path_factory.mktemp("plain")
+    for name, images in {"a": 24, "b": 32, "c": 40}.items():
+        write_site(folder / "data" / name, name, images)
+    flat = {"data.classes": "left,right", "data.size": 16, "model.width": 4, "train.batch_size": 8}
+    job = job_from_flat(flat).replace(**LONG)
+    federate(folder / "data", job, folder / "run")
+    return folder / "data", folder / "run", job
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_coded_federation_learns_as_the_plain_one_in_fewer_bytes(
-    codec: str, three_sites: Path, tiny_job: Job, tmp_path: Path
+    codec: str, plain: tuple[Path, Path, Job], tmp_path: Path
 ) -> None:
     """The network is tiny: an array's header of 128 bytes weighs much, and a scale for every 36 numbers."""
-    job = tiny_job.replace(federation__rounds=25, evaluation__every=25)
-    plain, coded = tmp_path / "plain", tmp_path / "coded"
-    federate(three_sites, job, plain)
-    federate(three_sites, job.replace(federation__codec=codec), coded)
-    scores = [read_events(out)[-2]["metrics"]["auroc"]["value"] for out in (plain, coded)]
+    sites, whole, job = plain
+    federate(sites, job.replace(federation__codec=codec), tmp_path)
+    scores = [read_events(out)[-2]["metrics"]["auroc"]["value"] for out in (whole, tmp_path)]
     assert scores[1] >= scores[0] - 0.01
-    assert not any(event["dropped"] for event in trained(coded))
+    assert not any(event["dropped"] for event in trained(tmp_path))
     few = {"bf16": 0.5, "int8": 0.26, "sign": 0.06, "topk": 0.14, "topk-int8": 0.07}[codec]
-    for before, after in zip(trained(plain)[1:], trained(coded)[1:], strict=True):
+    for before, after in zip(trained(whole)[1:], trained(tmp_path)[1:], strict=True):
         for site in ("a", "b", "c"):
             for way in (0, 1):
                 assert after["bytes"][site][way] <= few * before["bytes"][site][way]
 
 
-@pytest.mark.parametrize("codec", ["int8", "topk-int8"])
 def test_a_run_broken_off_goes_on_to_the_same_bits(
-    codec: str, three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = tiny_job.replace(federation__codec=codec, federation__rounds=5)
+    job = tiny_job.replace(federation__codec="topk-int8", federation__rounds=4)
     federate(three_sites, job, tmp_path / "whole")
     real_round, broken = Run.train_round, tmp_path / "broken"
 
     def breaks(self: Run, arrays: Any, number: int, weights: list[float]) -> Any:
         after = real_round(self, arrays, number, weights)
-        if number == 4:  # the sites have trained and keep what they left out, the server has not saved the round
+        if number == 3:  # the sites have trained and keep what they left out, the server has not saved the round
             raise KeyboardInterrupt
         return after
 
@@ -101,20 +114,21 @@ def test_the_result_does_not_depend_on_the_number_of_workers(three_sites: Path, 
 
 def test_sites_that_missed_rounds_get_what_they_missed(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     """Two of three sites a round, no evaluation in between: to each goes down a change for each round missed."""
-    job = tiny_job.replace(federation__fraction=0.5, federation__rounds=12, evaluation__every=12)
-    federate(three_sites, job.replace(federation__codec="int8"), out := tmp_path / "coded")
-    federate(three_sites, job, plain := tmp_path / "plain")
-    one = min(down for event in trained(out) for down, _ in event["bytes"].values() if down)
-    last: dict[str, int] = dict.fromkeys("abc", 0)  # all had model 0 in the first evaluation
-    for number, event in enumerate(trained(out), start=1):
+    job = tiny_job.replace(federation__fraction=0.5, federation__rounds=6, evaluation__every=6)
+    federate(three_sites, job.replace(federation__codec="int8"), tmp_path)
+    one = min(down for event in trained(tmp_path) for down, _ in event["bytes"].values() if down)
+    last = dict.fromkeys("abc", 0)  # all had model 0 in the first evaluation
+    seen = set()
+    for number, event in enumerate(trained(tmp_path), start=1):
         assert not event["dropped"]
         for item in event["trained"]:
             missed = number - 1 - last[item["site"]]
             down = event["bytes"][item["site"]][0]
             if number > 1:  # the first round's bytes have that evaluation in them
                 assert down == pytest.approx(missed * one, abs=4 * missed) if missed <= 3 else down > 3 * one
+                seen.add(missed)
             last[item["site"]] = number - 1
-    assert [e["bytes"].keys() for e in trained(out)] == [e["bytes"].keys() for e in trained(plain)]
+    assert {1, 2} <= seen
 
 
 def test_a_site_that_lost_its_model_gets_it_whole_in_the_same_round(
