@@ -135,6 +135,14 @@ class Train:
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     precision: str = knob("float32", "bfloat16: autocast on devices that gain by it", choices=("float32", "bfloat16"))
+    accumulate: int = knob(
+        1,
+        "a batch is computed in so many parts whose gradients are added up, where it is too large",
+        low=1,
+        high=65_536,
+    )
+    compile: bool = knob(False, "compile the network with torch.compile: a slow first step, faster ones after it")
+    reproducible: bool = knob(True, "on GPUs: the same bits every time, where torch can; false is faster")
 
 
 @dataclass(frozen=True)
