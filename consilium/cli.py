@@ -16,6 +16,7 @@ from consilium.cli_runs import STORE_HELP, runs
 from consilium.cli_ship import card, export, registry
 from consilium.cli_survey import survey
 from consilium.cli_trained import audit, explain, generate, predict
+from consilium.cli_tune import tune
 from shared import __version__
 from shared.errors import UserError
 
@@ -146,6 +147,7 @@ def models(task: str) -> None:
 commands.add_command(cohort)
 commands.add_command(site)
 commands.add_command(survey)
+commands.add_command(tune)
 commands.add_command(server)
 commands.add_command(run)
 commands.add_command(runs)
