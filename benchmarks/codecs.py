@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "bf16": {"federation.codec": "bf16"},
     "int8": {"federation.codec": "int8"},
     "topk 0.1": {"federation.codec": "topk", "federation.codec_keep": "0.1"},
-    "topk-int8 0.25": {"federation.codec": "topk-int8", "federation.codec_keep": "0.25"},
+    "topk-int8 0.2": {"federation.codec": "topk-int8", "federation.codec_keep": "0.2"},
     "topk-int8 0.1": {"federation.codec": "topk-int8", "federation.codec_keep": "0.1"},
     "sign": {"federation.codec": "sign"},
 }
