@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from client.app import app as real
 from server import rounds
 from server.admission import Place
+from server.database import read
+from server.database.engine import open_database
 from server.rounds import Run
 from server.store import read_events
 from server.wire import Addressed, Line
@@ -110,6 +112,14 @@ def test_the_result_does_not_depend_on_the_number_of_workers(three_sites: Path, 
     for workers in (1, 2):
         run(job, three_sites, tmp_path / str(workers), workers=workers)
     assert same(tmp_path / "1", tmp_path / "2")
+    moved = [event["bytes"].values() for event in trained(tmp_path / "1")]
+    both = [tuple(map(sum, zip(*pairs, strict=True))) for pairs in moved]
+    assert "as changes coded by topk-int8" in (tmp_path / "1" / "report.html").read_text()
+    database = open_database(str(tmp_path / "consilium.sqlite"))
+    number = read.find(database, tmp_path / "1")
+    assert number is not None
+    assert [(row["down"], row["up"]) for row in read.rounds(database, number)] == both
+    database.dispose()
 
 
 def test_sites_that_missed_rounds_get_what_they_missed(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:

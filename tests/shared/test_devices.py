@@ -219,3 +219,32 @@ def test_a_compiled_network_learns_the_same(tmp_path: Path) -> None:
     )
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parents[2])
+
+
+# ---------------------------------------------------------------------- the script for a GPU machine
+
+ALONE = """
+import sys
+REFUSED = {"flwr", "opacus", "pydicom", "client", "server", "simulations", "consilium", "sqlalchemy", "click", "ray"}
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in REFUSED:
+            raise ImportError(name)
+sys.meta_path.insert(0, Gone())
+import torch
+from benchmarks import gpu
+torch.set_num_threads(1)
+for row in gpu.ROWS:
+    which = gpu.case(row, True, **{"train.precision": "bfloat16"})
+    model = which.task.build_model(which.job)
+    before = [value.clone() for value in model.state_dict().values()]
+    gpu.product(which, model, 1)
+    gpu.by_hand(which, model, 1)
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.state_dict().values()))
+assert gpu._private_row("U-Net 512²", True, 0.0).startswith("not measured")
+"""
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_needs_torch_and_the_shared_folder_alone(root: Path) -> None:
+    subprocess.run([sys.executable, "-c", ALONE], check=True, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"})
