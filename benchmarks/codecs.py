@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "topk 0.1": {"federation.codec": "topk", "federation.codec_keep": "0.1"},
     "topk-int8 0.2": {"federation.codec": "topk-int8", "federation.codec_keep": "0.2"},
     "topk-int8 0.1": {"federation.codec": "topk-int8", "federation.codec_keep": "0.1"},
+    "int2": {"federation.codec": "int2"},
     "sign": {"federation.codec": "sign"},
 }
 FOLDER = Path(__file__).parents[1] / "simulations" / "jobs"

@@ -198,6 +198,28 @@ def _sign_unpack(part: Bytes, rows: int, columns: int, kept: int) -> Numbers:
     return values
 
 
+_LEVELS = np.array([0.4528, 1.510], np.float32)  # of two bits for a normal distribution of sd 1: Max 1960, table 1
+_EDGE = 0.9816  # between them
+
+
+def _int2_pack(array: Numbers, generator: Generator, kept: int) -> Bytes:
+    """A bit for the sign and one for whether a number is large in its row; the scale is that of least squares.
+
+    So the error is never larger than the row, however its numbers are spread.
+    """
+    large = np.abs(array) > _EDGE * np.sqrt(np.square(array, dtype=np.float64).mean(1, keepdims=True))
+    level = _LEVELS[large.astype(np.int8)]
+    scale = (np.abs(array) * level).sum(1, dtype=np.float64) / np.square(level).sum(1, dtype=np.float64)
+    return np.concatenate([_raw(scale.astype(np.float32)), np.packbits([array >= 0, large])])
+
+
+def _int2_unpack(part: Bytes, rows: int, columns: int, kept: int) -> Numbers:
+    scale = _as(part[: 4 * rows], np.float32, rows)
+    up, large = np.unpackbits(part[4 * rows :], count=2 * rows * columns).reshape(2, rows, columns)
+    values: Numbers = np.where(up == 1, scale, -scale) * _LEVELS[large]
+    return values
+
+
 # ---------------------------------------------------------------------- the largest numbers of each block
 
 
@@ -253,11 +275,13 @@ def _topk(values: Codec) -> Codec:
 _FLOAT32 = Codec(lambda r, c, _: 4 * r * c, lambda a, g, k: _raw(a), lambda p, r, c, k: _as(p, np.float32, r))
 _BF16 = Codec(lambda r, c, _: 2 * r * c, _bf16_pack, _bf16_unpack)
 _INT8 = Codec(lambda r, c, _: 4 * r + r * c, _int8_pack, _int8_unpack)
+_INT2 = Codec(lambda r, c, _: 4 * r + (2 * r * c + 7) // 8, _int2_pack, _int2_unpack)
 _SIGN = Codec(lambda r, c, _: 4 * r + (r * c + 7) // 8, _sign_pack, _sign_unpack)
 
 CODECS: dict[str, Codec] = {
     "bf16": _BF16,
     "int8": _INT8,
+    "int2": _INT2,
     "sign": _SIGN,
     "topk": _topk(_FLOAT32),
     "topk-int8": _topk(_INT8),

@@ -160,7 +160,7 @@ class Federation:
     codec: str = knob(
         "none",
         "how the model's changes travel, both ways: whole, in fewer bits, or only the largest numbers of them",
-        choices=("none", "bf16", "int8", "sign", "topk", "topk-int8"),
+        choices=("none", "bf16", "int8", "int2", "sign", "topk", "topk-int8"),
     )
     codec_keep: float = knob(0.1, "topk: share of the numbers that travel in a round", low=1 / 256, high=1.0)
     max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)

@@ -78,7 +78,7 @@ def test_a_coded_federation_learns_as_the_plain_one_in_fewer_bytes(
     scores = [read_events(out)[-2]["metrics"]["auroc"]["value"] for out in (whole, tmp_path)]
     assert scores[1] >= scores[0] - 0.01
     assert not any(event["dropped"] for event in trained(tmp_path))
-    few = {"bf16": 0.5, "int8": 0.26, "sign": 0.06, "topk": 0.14, "topk-int8": 0.07}[codec]
+    few = {"bf16": 0.5, "int8": 0.26, "int2": 0.1, "sign": 0.06, "topk": 0.14, "topk-int8": 0.07}[codec]
     for before, after in zip(trained(whole)[1:], trained(tmp_path)[1:], strict=True):
         for site in ("a", "b", "c"):
             for way in (0, 1):
