@@ -10,6 +10,7 @@ from typing import Any
 from server.spent import privacy_spent
 from server.store import Event, read_events
 from shared.config import Job, load_job
+from shared.intervals import Estimate
 from shared.tasks import Sums, add_sums
 from shared.tasks.classification.calibration import figures
 from shared.tasks.classification.metrics import histograms
@@ -43,6 +44,11 @@ def run_scores(folder: Path) -> Scores:
     scores["dropped"] = dropped(events)
     spent = privacy_spent(rounds, load_job(folder / "job.toml"))
     return scores | ({"privacy": spent} if spent else {})
+
+
+def scores_of(metrics: Mapping[str, Estimate], images: int) -> Scores:
+    """The same form from metrics that were computed here and now."""
+    return _scores({name: vars(estimate) for name, estimate in metrics.items()}, images)
 
 
 def _calibration(sites: Mapping[str, Sums], job: Job) -> dict[str, Any]:
