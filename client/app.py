@@ -20,6 +20,7 @@ from client.egress import Asked, Refused, records, release
 from client.egress_log import ASKED
 from client.private_round import train_on_budget
 from client.survey import statistics
+from client.wire import opened, packed
 from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, run_name, write_log
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
@@ -58,8 +59,9 @@ def _answer(message: Message, context: Context, answer: Answer, kind: str = "") 
     try:
         job = _job(message, context)
         workspace = open_workspace(context.node_config, context.run_config, job)
-        asked = Asked(job, workspace, message.content)
-        content = answer(message, context, job, workspace)
+        whole = opened(message, context, job, workspace)
+        asked = Asked(job, workspace, whole.content)
+        content = answer(whole, context, job, workspace)
         _log(context, f"done in {time.monotonic() - started:.2f} s")
     except SiteRefusal as refusal:
         code = refusal.code
@@ -142,7 +144,7 @@ def train(message: Message, context: Context) -> Message:
 def _train_plain(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     if job.privacy.secure_aggregation:
         raise SiteRefusal("secure-aggregation-required", "asked for its model in plain, which the job does not do")
-    return _train(message, context, job, workspace)
+    return packed(_train(message, context, job, workspace), message, context, job, workspace)
 
 
 # Secure aggregation: the same training, but the model leaves masked.

@@ -28,6 +28,7 @@ from client.counts import survey_counts
 from client.egress_entry import note
 from client.workspace import Workspace, find_sites, open_model, write_log
 from shared import __version__
+from shared.codecs import CHANGE, coding, decode
 from shared.config import Job
 from shared.errors import CODES
 from shared.imaging.dataset import Dataset
@@ -175,13 +176,16 @@ def _statistics_of(model: nn.Module) -> set[str]:
 
 def _update(record: Any, asked: Asked) -> ArrayRecord:
     opened = {name: _opened(array) for name, array in record.items()}
-    needed = asked.workspace.policy.max_update_norm or is_private(asked.job)
-    incoming = asked.content.array_records["arrays"] if needed else {}
-    checked_update(
-        {name: values for name, (values, _) in opened.items()},
-        {name: array.numpy() for name, array in incoming.items()},
-        asked,
-    )
+    arrays = {name: values for name, (values, _) in opened.items()}
+    how = coding(asked.job) if list(arrays) == [CHANGE] else None  # then it is the model it leads to that is checked
+    needed = how or asked.workspace.policy.max_update_norm or is_private(asked.job)
+    incoming = asked.content.array_records["arrays"].to_torch_state_dict() if needed else {}
+    if how:
+        try:
+            arrays = {name: array.numpy() for name, array in decode(incoming, arrays[CHANGE], how).items()}
+        except ValueError as problem:
+            raise Refused(f"the coded change: {problem}") from None
+    checked_update(arrays, {name: array.numpy() for name, array in incoming.items()}, asked)
     return ArrayRecord({name: array for name, (_, array) in opened.items()})
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -112,22 +113,29 @@ class Moments:
     """The optimiser's moments between rounds, in the site's own folder, the last two rounds kept.
 
     A round that is repeated after a crash reads those of the round before it, so it repeats exactly. ``job`` keeps
-    apart what a run trains first from what it trains then (its reference network).
+    apart what a run trains first from what it trains then (its reference network); ``kind`` what else is kept so.
     """
 
-    def __init__(self, home: Path, run: str, job: Job) -> None:
-        self.folder = home / OWN_FOLDER / "state" / run / job.sha256[:16]
+    def __init__(self, home: Path, run: str, job: Job, kind: str = "") -> None:
+        self.folder = home / OWN_FOLDER / "state" / run / job.sha256[:16] / kind
 
     def _rounds(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
 
     def forget(self, after: int) -> None:
-        """Drop all of rounds later than ``after``; 0 starts afresh."""
+        """Drop all of rounds later than ``after``, of every kind in the folder; 0 starts afresh."""
         if after == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        for number in self._rounds():
-            if number > after:
-                (self.folder / f"{number}.safetensors").unlink(missing_ok=True)
+        for path in self.folder.rglob("*.safetensors"):
+            if int(path.stem) > after:
+                path.unlink(missing_ok=True)
+
+    def exactly(self, round_: int) -> dict[str, Tensor] | None:
+        """What was saved of this round; None if nothing is there that can be read."""
+        try:
+            return dict(load_file(self.folder / f"{round_}.safetensors"))
+        except (OSError, SafetensorError):
+            return None
 
     def load(self, round_: int) -> dict[str, Tensor] | None:
         """The moments as they were before round ``round_``."""

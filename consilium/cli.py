@@ -17,6 +17,7 @@ from consilium.cli_ship import card, export, registry
 from consilium.cli_study import study
 from consilium.cli_survey import survey
 from consilium.cli_trained import audit, explain, generate, predict
+from consilium.cli_tune import tune
 from shared import __version__
 from shared.errors import UserError
 
@@ -177,6 +178,7 @@ def strategies() -> None:
 commands.add_command(cohort)
 commands.add_command(site)
 commands.add_command(survey)
+commands.add_command(tune)
 commands.add_command(study)
 commands.add_command(server)
 commands.add_command(run)

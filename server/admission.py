@@ -16,6 +16,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from shared.cases import SPLITS
+from shared.codecs import CHANGE, Coding, coding, decode, length
 from shared.config import Job
 from shared.sitefile import SITE_NAME
 from shared.tasks import Sums
@@ -148,7 +149,8 @@ def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surv
         raise Dropped("bad-weight")
     if not 0 < examples <= min(surveyed, job.federation.max_examples):
         raise Dropped("bad-weight")
-    arrays = _arrays(content["arrays"], reference)
+    how = coding(job)
+    arrays = _changed(content["arrays"], reference, how) if how else _arrays(content["arrays"], reference)
     if job.federation.max_update_norm:
         change = math.sqrt(sum((arrays[k].double() - reference[k].double()).square().sum().item() for k in arrays))
         if change > job.federation.max_update_norm:
@@ -195,6 +197,27 @@ def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> di
         if name.endswith("running_var") and bool((array < 0).any()):
             raise Dropped("bad-variance")  # its root would make the whole model NaN
         arrays[name] = array
+    return arrays
+
+
+def _changed(record: Mapping[str, object], reference: Mapping[str, Tensor], how: Coding) -> dict[str, Tensor]:
+    """The model that a coded change leads to."""
+    if list(record) != [CHANGE]:
+        raise Dropped("wrong-names")
+    try:
+        change = record[CHANGE].numpy()  # type: ignore[attr-defined]
+    except Exception:
+        raise Dropped("undecodable") from None
+    if change.shape != (length(reference, how),):
+        raise Dropped("wrong-shape")
+    if change.dtype != np.uint8:
+        raise Dropped("wrong-dtype")
+    try:
+        arrays = decode(reference, change, how)
+    except ValueError:
+        raise Dropped("undecodable") from None
+    if not all(torch.isfinite(array).all() for array in arrays.values() if array.is_floating_point()):
+        raise Dropped("not-finite")
     return arrays
 
 

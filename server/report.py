@@ -149,7 +149,18 @@ def _head(record: Record) -> Markup:
         text += f". At {worst}, its worst site, the federated model reaches {value_of(own['sites'][worst], metric)}"
     less = [metric_name(name) for name in record.metrics() if record.direction(name) < 0]
     note = "Brackets hold 95 % intervals." + (f" Less is better: {', '.join(less)}." if less else "")
-    return Markup(paragraph(f"{text}.{there}", "lead") + paragraph(note, "note"))
+    return Markup(paragraph(f"{text}.{there}", "lead") + paragraph(note + _traffic(record), "note"))
+
+
+def _traffic(record: Record) -> str:
+    """What the rounds moved over the wire, where the events say; of a round that was repeated, its last time."""
+    moved = [pair for event in record.rounds.values() for pair in event.get("bytes", {}).values()]
+    if not moved:
+        return ""
+    down, up = (sum(column) / 1e6 for column in zip(*moved, strict=True))
+    codec = record.job.federation.codec
+    how = "" if codec == "none" else f", as changes coded by {codec}"
+    return f" Over the wire went {down:,.1f} MB to the sites and {up:,.1f} MB back{how}."
 
 
 def _warnings(record: Record) -> Markup:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from server.admission import Dropped, Place, Update, admit, admit_sums
 from server.algorithm import Algorithm, TooFew
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
-from server.exchange import array_bytes, replies
 from server.roll import call, shortfall
 from server.sampling import pass_on, sample
 from server.secure import SecureRound
 from server.store import Store, read_events, write_pictures, write_text
+from server.wire import LATE, Content, Line
 from shared import __version__
 from shared.config import Job
 from shared.imaging.dataset import Dataset
@@ -72,12 +72,12 @@ class Run:
         self.task = load_task(job.task)
         self.parts = [part.prefix.rstrip(".") for part in self.task.parts(job)]
         self.store = Store(folder, store)
-        self.moved: dict[str, tuple[int, int]] = {}  # bytes of arrays to and from each site, in this round
         self.model = self.task.build_model(job)
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
         self.algorithm = Algorithm(job, [name for name, _ in self.model.named_parameters()])
         self.asked: Counter[str] = Counter()  # how often each site was asked to train
+        self.line = Line(job)
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
@@ -116,6 +116,7 @@ class Run:
             self.reference = train_reference(self.grid, job, self.folder, self.store.store)
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
+            self.line = Line(job, done, self.resumed.held.pop(LATE, {}))
             self.algorithm.held.update(self.resumed.held)
             self.asked.update(self.resumed.more.get("asked", {}))
             if self.central is not None:
@@ -131,7 +132,7 @@ class Run:
                 self._keep_best(number, arrays, self.evaluate(arrays, number, "val"))
             central = [self.central.bound, self.central.rounds] if self.central is not None else []
             more = {"class_weights": weights, "central": central, "asked": dict(self.asked)}
-            state = State(number, arrays, self.best, more, self.algorithm.held)
+            state = State(number, arrays, self.best, more, self.algorithm.held | self.line.held())
             self.checkpoint.save(state, self._facts(number))
         return arrays
 
@@ -175,17 +176,9 @@ class Run:
         return model
 
     def _exchange(
-        self, kind: str, content: RecordDict | Callable[[Place], RecordDict], places: Iterable[Place], round_: int
+        self, kind: str, content: Content, places: Iterable[Place], round_: int
     ) -> Iterator[tuple[Place, Message | None]]:
-        """Send one content, or each its own, to the places; give each place's reply or None, in their order."""
-        places = list(places)
-        own = content if callable(content) else lambda _: content
-        messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
-        answers = replies(self.grid, messages, self.job.federation.round_timeout)
-        for place, message, reply in zip(places, messages, answers, strict=True):
-            down, up = self.moved.get(place.name, (0, 0))
-            self.moved[place.name] = down + array_bytes(message), up + array_bytes(reply)
-            yield place, reply
+        return self.line.exchange(self.grid, kind, content, places, round_)
 
     def _config(self, round_: int, **more: Any) -> ConfigRecord:
         return ConfigRecord({"round": round_, **more} | ({"reference": True} if self.is_reference else {}))
@@ -245,7 +238,6 @@ class Run:
             RunFailed: fewer replies than the quorum were in order.
         """
         started = time.monotonic()
-        self.moved = {}
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         places = self.sample(number)
@@ -260,7 +252,8 @@ class Run:
             content = RecordDict({"arrays": ArrayRecord(sent), "config": config})
             for name, beside in self.algorithm.outgoing().items():
                 content[name] = ArrayRecord(beside)
-            for place, reply in self._exchange(MessageType.TRAIN, content, places, number):
+            addressed = self.line.addressed(content, sent, number - 1)
+            for place, reply in self._exchange(MessageType.TRAIN, addressed, places, number):
                 try:
                     update: Update = admit(reply, sent, self.job, place.images["train"])
                 except Dropped as reason:
@@ -283,10 +276,10 @@ class Run:
         except TooFew:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": dict(self.moved)}
+        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": self.line.weighed()}
         self.store.add("round", round=number, **facts, **noised)
         self._require(len(trained), dropped, f"in round {number}")
-        return merged
+        return self.line.step(arrays, merged, number)
 
     def _secure_round(self, places: list[Place], arrays: Arrays, config: ConfigRecord, started: float) -> Arrays:
         """The same round with the sites' models under masks, of which only the sum is seen."""
@@ -295,7 +288,7 @@ class Run:
         merged = secure.run()
         seconds = round(time.monotonic() - started, 3)
         facts = {"trained": secure.trained, "dropped": secure.dropped, "secure": secure.facts}
-        self.store.add("round", round=number, **facts, seconds=seconds, bytes=dict(self.moved))
+        self.store.add("round", round=number, **facts, seconds=seconds, bytes=self.line.weighed())
         lost = [*secure.dropped, *secure.facts["silent"]]
         self._require(secure.left, lost, f"in round {number}", secure.needed)
         return self.algorithm.step(arrays, merged, number)
@@ -308,7 +301,8 @@ class Run:
         sums: dict[str, Sums] = {}
         dropped: list[dict[str, str]] = []
         asked = [place for place in self.places if place.images[split]]
-        for place, reply in self._exchange(MessageType.EVALUATE, content, asked, number):
+        sent = self.line.addressed(content, arrays, number)
+        for place, reply in self._exchange(MessageType.EVALUATE, sent, asked, number):
             try:
                 sums[place.name] = admit_sums(reply, self.template, self.task, self.job, place.images[split])
             except Dropped as reason:

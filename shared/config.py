@@ -251,7 +251,8 @@ def _check_privacy(job: Job) -> None:
         raise UserError(f'privacy.dp = "{dp}": set privacy.epsilon or privacy.noise_multiplier, else there is no noise')
     needed: dict[str, Scalar] = {"train.class_weights": "none"}  # they would be computed from exact counts
     if dp in ("local", "distributed"):
-        needed |= {"train.precision": "float32"}  # norms and noise are not proven right in less
+        # Norms and noise are not proven right in less; what is computed at once is train.batch_size already.
+        needed |= {"train.precision": "float32", "train.accumulate": 1, "train.compile": False}
     if dp == "distributed":  # the noise of all sites adds up in one noised sum of clipped gradients
         needed |= {
             "privacy.secure_aggregation": True,

@@ -24,6 +24,7 @@ def check_federation(job: Job) -> None:
         _only("privacy.dp", privacy.dp, ["none", "local", "distributed"], _SUMS_ONLY)
         _only("federation.weighting", asked.weighting, ["examples", "equal"], _SUMS_ONLY)
         _only("federation.order", asked.order, ["parallel"], "shows each site's model to the next one")
+        _only("federation.codec", asked.codec, ["none"], "under masks, changes with scales of their own do not add up")
     if privacy.dp == "central":
         why = 'privacy.dp = "central" is proven for a sum of clipped changes'
         _only("federation.aggregator", asked.aggregator, ["mean"], why)
@@ -34,6 +35,7 @@ def check_federation(job: Job) -> None:
     if asked.order == "cyclic":
         _only("federation.aggregator", asked.aggregator, ["mean"], 'order = "cyclic" leaves nothing to merge')
         _only("federation.weighting", asked.weighting, ["examples", "equal"], "a cycle weighs nobody")
+        _only("federation.codec", asked.codec, ["none"], "a cycle sends a site another model than the one it has")
     if asked.server_optimizer == "none":
         why = 'federation.server_optimizer = "none" takes the aggregate as it is'
         _only("federation.server_learning_rate", asked.server_learning_rate, [0.0], why)

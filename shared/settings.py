@@ -146,6 +146,14 @@ class Train:
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     precision: str = knob("float32", "bfloat16: autocast on devices that gain by it", choices=("float32", "bfloat16"))
+    accumulate: int = knob(
+        1,
+        "a batch is computed in so many parts whose gradients are added up, where it is too large",
+        low=1,
+        high=65_536,
+    )
+    compile: bool = knob(False, "compile the network with torch.compile: a slow first step, faster ones after it")
+    reproducible: bool = knob(True, "on GPUs: the same bits every time, where torch can; false is faster")
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,12 @@ class Federation:
         "with fraction below 1: every site equally often over time, or each round drawn anew",
         choices=("balanced", "random"),
     )
+    codec: str = knob(
+        "none",
+        "how the model's changes travel, both ways: whole, in fewer bits, or only the largest numbers of them",
+        choices=("none", "bf16", "int8", "int2", "sign", "topk", "topk-int8"),
+    )
+    codec_keep: float = knob(0.1, "topk: share of the numbers that travel in a round", low=1 / 256, high=1.0)
     max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
     max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
     round_timeout: float = knob(

@@ -232,6 +232,7 @@ def _baselines(pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, sto
         federation__min_sites=1,
         federation__fraction=1.0,
         **PLAIN,
+        federation__codec="none",  # nothing would travel
         **_of_one(job),
     )
     homes = jury.folder
