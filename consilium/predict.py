@@ -37,15 +37,18 @@ def predict(
     weights: str = "best",
     device: str = "auto",
     progress: Progress | None = None,
+    parts: Path | None = None,
 ) -> Predicted:
     """Predict every case in ``path``, a file or a folder; the files appear in ``out`` all at once, or not at all.
+
+    ``parts``: a site's own model of the run, to be used instead of the common one.
 
     ``prediction.json`` beside them says which model it was, of which job, and what could not be read.
 
     Raises:
         UserError: no run, nothing there, or no place to write; one line.
     """
-    trained = open_run(run, weights, device)
+    trained = open_run(run, weights, device, parts)
     site, samples = find_cases(trained, path)
     with filled_whole(out, MARK, "predictions") as work:
         unreadable: list[Skipped] = []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
+from shared.local_pairs import check_local
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
 from shared.strategies import STRATEGIES, resolve
 from shared.tasks import TASKS
@@ -217,6 +218,7 @@ def _check_together(job: Job) -> None:
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
     _check_privacy(job)
+    check_local(job)
     if job.privacy.secure_aggregation:
         _check_secure(job)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shared.cases import derived_seed
 from shared.config import Job
+from shared.corrections import Correction
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.tasks import Part
@@ -158,12 +159,14 @@ def train(
     steps: int,
     class_weights: Sequence[float],
     moments: dict[str, Tensor] | None = None,
+    correction: Correction | None = None,
 ) -> Trained:
     """Train ``model`` in place for ``steps`` gradient steps, numbers ``first_step`` onwards of the whole run.
 
     Args:
         site: enters the seeds, so that sites draw independently.
         moments: the optimiser's state from an earlier call, or None to start afresh.
+        correction: what is added to the gradients of each step.
 
     Raises:
         SiteRefusal: there is nothing to train on, or the loss is no longer finite.
@@ -198,6 +201,8 @@ def train(
             with autocast:
                 loss = task.step(model, batch, job, class_weights, part.prefix)
             loss.backward(inputs=group["params"])
+            if correction is not None:
+                correction.adjust(group["params"])
             optimizer.step()
             sums[place] += loss.detach() * len(indices)  # stays on the device: no wait per step
         seen += len(indices)

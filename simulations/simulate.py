@@ -76,7 +76,8 @@ def run(
     extra |= {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with WorkerPool("client.app:app", workers) as pool:
         nodes = [node_of(folder / "sites", file) for file in files]
-        jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines", store=None)
+        judged = plain(job)
+        jury = Run(_grid(pool, nodes, judged, folder, 1), judged, folder / "baselines", store=None)
         if baselines and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
             with _heard(REFERENCE, observe):
@@ -149,6 +150,16 @@ def _federated(grid: LocalGrid) -> Callable[[], object]:
     config = grid.run_config
     context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
     return lambda: server_app(grid, context)
+
+
+def plain(job: Job) -> Job:
+    """The job without what makes one model of several or several of one: how a baseline trains, and is judged."""
+    return job.replace(
+        federation__strategy="fedavg",
+        federation__correction="none",
+        federation__local="nothing",
+        federation__finetune_steps=0,
+    )
 
 
 def _of_one(job: Job) -> dict[str, Scalar]:
