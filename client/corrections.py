@@ -34,7 +34,8 @@ class SiteCorrection:
             self.term = Correction(model, start, pull=job.federation.proximal_mu)
             return
         known = memory.load("control", self.heard + 1) if self.heard else None
-        self.own = known or {name: value.new_zeros(value.shape, device="cpu") for name, value in start.items()}
+        known = known or {name: value.new_zeros(value.shape, device="cpu") for name, value in start.items()}
+        self.own = {name: known[name] for name in trained}  # in the order in which it is sent; a file has none
         minus = {name: -value for name, value in self.own.items()}
         if self.kind == "feddyn":
             self.term = Correction(model, start, job.federation.feddyn_alpha, minus)

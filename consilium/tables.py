@@ -40,11 +40,8 @@ def print_result(result: Result) -> None:
         known = dict.fromkeys([job.best_metric, *TASKS[job.task].metrics])
         metrics = [name for name in known if name in federated["n"]]
         case = TASKS[job.task].case
-        shown = _fitting(
-            metrics,
-            [models, federated["sites"], federated.get("personal", {}).get("sites", {})],
-            console.width - len(case) - 6,
-        )
+        own = federated.get("personal", {}).get("sites", {})
+        shown = _fitting(metrics, [models, federated["sites"], own], console.width - len(case) - 6)
         console.print(_table("model", escape(f"{job.name}: all sites' test {case}s"), case, shown, models))
         console.print(_table("site", _at_each(job), case, shown, federated["sites"]))
         if own:

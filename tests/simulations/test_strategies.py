@@ -2,162 +2,208 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
+from client.app import app as real
 from client.workspace import own_start
-from server.database.shown import events_of
+from server.checkpoint import Checkpoint, State
+from server.results import run_scores
+from server.rounds import Run
+from server.store import read_events
 from shared.config import Job
 from shared.tasks import load_task
 from shared.weights import exchanged_names, home_names
-from simulations.result import Result
-from simulations.simulate import run
+from simulations.engine import LocalGrid
+from simulations.pool import WorkerPool
+from simulations.simulate import node_of
 from tests.conftest import called
 
 Arrays = dict[str, torch.Tensor]
-LASTING = ("moments/", "home/", "control/", "personal/", "personal-moments/")
 
 
-def kept(out: Path, site: str) -> Arrays:
-    """What a site remembers after the last round."""
-    files = sorted((out / "sites" / site / ".consilium" / "state").rglob("*.safetensors"), key=lambda f: int(f.stem))
-    return dict(load_file(files[-1]))
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkerPool]:
+    with WorkerPool("client.app:app", 1) as pool:
+        yield pool
 
 
-def own_model(out: Path, site: str) -> Arrays:
+def play(
+    pool: WorkerPool, job: Job, sites: Path, out: Path, resume: bool = False, **settings: str | float
+) -> dict[str, Any]:
+    """Run the job in ``out``; gives its scores."""
+    job = job.replace(**settings)
+    nodes = [node_of(out / "sites", file) for file in sorted(sites.glob("*/site.toml"))]
+    Run(LocalGrid(pool, nodes, job.flat()), job, out, resume=resume, store=None).run()
+    return run_scores(out)
+
+
+def remembered(out: Path, site: str) -> dict[int, Arrays]:
+    """What a site remembers, by round."""
+    files = (out / "sites" / site / ".consilium" / "state").rglob("*.safetensors")
+    return {int(file.stem): load_file(file) for file in files}
+
+
+def own_file(out: Path, site: str) -> Path:
     (file,) = (out / "sites" / site / ".consilium" / "personal").glob("*.safetensors")
-    return dict(load_file(file))
+    return file
 
 
-def play(job: Job, sites: Path, out: Path, **settings: str | float) -> Result:
-    return run(job.replace(**settings), sites, out, workers=1)
+def gap(one: Path, other: Path) -> float:
+    """The largest difference between two models."""
+    first, second = load_file(one), load_file(other)
+    return max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
 
 
 @pytest.mark.parametrize("name", ["fedprox", "scaffold", "fednova", "feddyn"])
-def test_a_correction_trains_and_differs_from_fedavg(
-    name: str, three_sites: Path, tiny_job: Job, tmp_path: Path
+def test_a_correction_trains_and_is_not_fedavg(
+    name: str, pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
-    more = {"federation__proximal_mu": 1.0}
-    plain = play(tiny_job, three_sites, tmp_path / "plain", train__local_steps=3)
-    found = play(tiny_job, three_sites, tmp_path / "run", federation__strategy=name, train__local_steps=3, **more)
-    models = [load_file(result.folder / "last.safetensors") for result in (plain, found)]
-    gap = max(float((models[0][key] - models[1][key]).abs().max()) for key in models[0])
-    assert gap == 0 if name == "fednova" else gap > 1e-5  # equal steps everywhere: FedNova is FedAvg
-    assert all(torch.isfinite(value).all() for value in models[1].values())
-    assert found.scores["federated"]["dropped"] == []
-    held = {key.partition("/")[0] for key in kept(found.folder, "a")}
+    settings = {"train__local_steps": 3, "federation__proximal_mu": 1.0, "federation__rounds": 2}
+    play(pool, tiny_job, three_sites, tmp_path / "plain", **settings)
+    scores = play(pool, tiny_job, three_sites, tmp_path / "run", federation__strategy=name, **settings)
+    differs = gap(tmp_path / "plain" / "last.safetensors", tmp_path / "run" / "last.safetensors")
+    assert differs < 1e-6 if name == "fednova" else differs > 1e-5  # with equal steps everywhere FedNova is FedAvg
+    assert scores["dropped"] == []
+    held = {key.partition("/")[0] for key in remembered(tmp_path / "run", "a")[2]}
     assert held == ({"moments", "control"} if name in ("scaffold", "feddyn") else {"moments"})
 
 
-def test_controls_of_the_sites_add_up_to_the_servers(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
-    play(tiny_job, three_sites, tmp_path / "run", federation__strategy="scaffold")
-    (file,) = (tmp_path / "run" / "state").glob("held-*.safetensors")
-    server = load_file(file)
-    rows = {site["name"]: site["images"]["train"] for site in events_of(tmp_path / "run")[1]["sites"]}
-    for name in [key for key in server if key.startswith("control/")]:
-        expected = sum(rows[site] * kept(tmp_path / "run", site)[name].double() for site in rows) / sum(rows.values())
-        assert torch.allclose(server[name].double(), expected, atol=1e-6)
-    assert {key: int(value) for key, value in server.items() if key.startswith("heard/")} == {
-        f"heard/{site}": tiny_job.federation.rounds for site in rows
-    }
+@pytest.mark.parametrize("name", ["scaffold", "feddyn"])
+def test_what_the_sites_keep_adds_up_to_what_the_server_has_though_replies_get_lost(
+    name: str, three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    """A site whose reply was not admitted goes on from its last one that was: else the two would part for good."""
+    lossy = ClientApp()
+
+    def handle(message: Message, context: Context) -> Message:
+        reply = real(message, context)
+        if context.node_config["name"] == "b" and message.content["config"]["round"] == 2:
+            reply.content["metrics"]["num-examples"] = -1
+        return reply
+
+    lossy.query()(real)
+    lossy.evaluate()(real)
+    lossy.train()(handle)
+    with WorkerPool(lossy, 1) as pool:
+        scores = play(pool, tiny_job, three_sites, tmp_path, federation__strategy=name, federation__rounds=4)
+    assert [(item["site"], item["round"]) for item in scores["dropped"]] == [("b", 2)]
+    server = load_file(next((tmp_path / "state").glob("held-*.safetensors")))
+    survey = next(event for event in read_events(tmp_path) if event["event"] == "survey")
+    weights = {site["name"]: site["images"]["train"] for site in survey["sites"]}
+    controls = {site: remembered(tmp_path, site)[4] for site in weights}
+    names = [key for key in server if key.startswith("control/")]
+    assert names
+    for key in names:
+        expected = sum(weights[site] * controls[site][key].double() for site in weights) / sum(weights.values())
+        assert torch.allclose(server[key].double(), expected, atol=1e-6), key
+    assert all(int(value) == 4 for key, value in server.items() if key.startswith("heard/"))
 
 
 @pytest.mark.parametrize("name", ["fedbn", "fedper"])
 def test_parts_that_stay_home_differ_by_site_and_the_rest_is_equal(
-    name: str, three_sites: Path, tiny_job: Job, tmp_path: Path
+    name: str, pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
-    result = play(tiny_job, three_sites, tmp_path / "run", federation__strategy=name)
-    job = result.job
+    play(pool, tiny_job, three_sites, tmp_path, federation__strategy=name, federation__rounds=5)
+    job = tiny_job.replace(federation__strategy=name, federation__rounds=5)
     model = load_task(job.task).build_model(job)
-    home = home_names(model, job)
-    shared = load_file(tmp_path / "run" / "model.safetensors")
-    assert sorted(shared) == sorted(exchanged_names(model, job))
-    assert not set(shared) & set(home) and set(shared) | set(home) == set(model.state_dict())
-    models = {site: own_model(tmp_path / "run", site) for site in "abc"}
-    for site in "abc":
-        assert set(models[site]) == set(model.state_dict())
-        assert all(torch.equal(models[site][key], shared[key]) for key in shared)
-    trained = [key for key in home if not torch.equal(models["a"][key], own_start(job)[key])]
-    assert trained  # they are trained at the sites
-    assert all(not torch.equal(models["a"][key], models["b"][key]) for key in trained)
-    assert "personal" in result.scores["federated"]
-
-
-def test_what_is_kept_of_a_site_is_of_the_round_that_is_kept(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
-    """The first round is the best where nothing is learnt after: the parts saved are those of that round."""
-    settings = {"federation__local": "head", "train__learning_rate": 0.0, "federation__rounds": 5}
-    result = play(tiny_job, three_sites, tmp_path / "still", **settings)
-    assert result.scores["federated"]["best_round"] == 1
-    early = play(tiny_job, three_sites, tmp_path / "early", federation__local="head", federation__rounds=5)
-    best = early.scores["federated"]["best_round"]
-    again = play(tiny_job, three_sites, tmp_path / "again", federation__local="head", federation__rounds=5)
-    folder = tmp_path / "again" / "sites" / "b" / ".consilium" / "state"
-    rounds = {int(file.stem) for file in folder.rglob("*.safetensors")}
-    assert max((number for number in rounds if number <= best), default=0) == best
-    held = load_file(next(folder.rglob(f"{best}.safetensors")))
-    own = own_model(again.folder, "b")
-    assert all(torch.equal(own[key.removeprefix("home/")], value) for key, value in held.items() if "home/" in key)
+    home, common = home_names(model, job), load_file(tmp_path / "model.safetensors")
+    assert sorted(common) == sorted(exchanged_names(model, job))
+    assert sorted([*common, *home]) == sorted(model.state_dict())
+    models = {site: load_file(own_file(tmp_path, site)) for site in "abc"}
+    for own in models.values():
+        assert set(own) == set(model.state_dict())
+        assert all(torch.equal(own[key], common[key]) for key in common)
+    assert not all(torch.equal(models["a"][key], own_start(job)[key]) for key in home)  # they were trained
+    assert not all(torch.equal(models["a"][key], models["b"][key]) for key in home)
+    best = max(event["round"] for event in read_events(tmp_path) if event["event"] == "personal")
+    held = remembered(tmp_path, "b")[best]  # not of the last round: of the one whose common model was kept
+    assert all(torch.equal(models["b"][key], held[f"home/{key}"]) for key in home)
 
 
 def test_ditto_leaves_the_common_model_as_it_is_and_makes_one_for_each_site(
-    three_sites: Path, tiny_job: Job, tmp_path: Path
+    pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
-    play(tiny_job, three_sites, tmp_path / "plain")
-    result = play(tiny_job, three_sites, tmp_path / "run", federation__strategy="ditto", federation__ditto_lambda=0.5)
-    plain, common = (load_file(tmp_path / name / "last.safetensors") for name in ("plain", "run"))
-    assert all(torch.equal(plain[key], common[key]) for key in plain)
-    models = [own_model(tmp_path / "run", site) for site in "ab"]
-    assert not torch.equal(models[0]["head.weight"], models[1]["head.weight"])
-    scores = result.scores["federated"]
+    play(pool, tiny_job, three_sites, tmp_path / "plain")
+    scores = play(pool, tiny_job, three_sites, tmp_path / "run", federation__strategy="ditto")
+    assert gap(tmp_path / "plain" / "last.safetensors", tmp_path / "run" / "last.safetensors") == 0
+    assert gap(own_file(tmp_path / "run", "a"), own_file(tmp_path / "run", "b")) > 0
     assert set(scores["personal"]["sites"]) == {"a", "b", "c"}
     assert scores["personal"]["images"] == scores["images"]
-    assert [row["model"] for row in result.rows()].count("personal") == 4 * len(scores["n"])
 
 
-def test_fine_tuning_takes_its_steps_at_the_site_and_is_told_beside_the_common_model(
+def test_a_very_strong_pull_keeps_the_personal_model_at_the_common_one(
+    pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    """Of v <- v - r (g + lambda (v - w)) with r lambda = 1, every step ends at w - r g: as near as one step."""
+    settings: dict[str, Any] = {"train__optimizer": "sgd", "train__momentum": 0.0, "train__weight_decay": 0.0}
+    settings |= {"train__learning_rate": 0.01, "train__schedule": "constant", "train__warmup": 0.0}
+    gaps = []
+    for pull in (0.0, 100.0):
+        out = tmp_path / str(pull)
+        play(pool, tiny_job, three_sites, out, federation__strategy="ditto", federation__ditto_lambda=pull, **settings)
+        gaps.append(gap(own_file(out, "a"), out / "model.safetensors"))
+    assert gaps[1] < gaps[0]
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedper", "ditto"])
+def test_resumed_it_is_the_same_to_the_bit(
+    name: str, pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(pool, tiny_job, three_sites, tmp_path / "whole", federation__strategy=name)
+    save = Checkpoint.save
+
+    def stops(own: Checkpoint, state: State, facts: dict[str, str]) -> None:
+        if state.round == 2:
+            raise KeyboardInterrupt
+        save(own, state, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", stops)
+        with pytest.raises(KeyboardInterrupt):
+            play(pool, tiny_job, three_sites, tmp_path / "run", federation__strategy=name)
+    play(pool, tiny_job, three_sites, tmp_path / "run", resume=True, federation__strategy=name)
+    assert gap(tmp_path / "whole" / "last.safetensors", tmp_path / "run" / "last.safetensors") == 0
+    if name in ("fedper", "ditto"):
+        assert all(gap(own_file(tmp_path / "whole", s), own_file(tmp_path / "run", s)) == 0 for s in "abc")
+
+
+def test_fine_tuning_is_told_beside_the_common_model_and_a_site_uses_its_own(
     three_sites: Path, tiny_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = tiny_job.replace(federation__finetune_steps=4, federation__finetune_rate=1.0)
+    job = tiny_job.replace(federation__finetune_steps=4, federation__finetune_rate=1.0, federation__local="norm")
     (tmp_path / "job.toml").write_text(job.toml())
-    out = tmp_path / "run"
-    code, text, _ = called(
-        capsys, "simulate", tmp_path / "job.toml", "--data", three_sites, "--out", out, "--baselines"
-    )
+    out, image = tmp_path / "run", next((three_sites / "a" / "images").glob("*.png"))
+    words = ("simulate", tmp_path / "job.toml", "--data", three_sites, "--out", out, "--baselines", "--workers", 1)
+    code, text, _ = called(capsys, *words)
     assert code == 0
     assert "each site's own model on its test images" in text
-    scores = Result(out).scores
-    assert scores["federated"]["personal"]["gradient_steps"] == scores["federated"]["gradient_steps"] + 3 * 4
-    assert set(scores["local"]) == {"a", "b", "c"}
+    scores = run_scores(out)
+    assert scores["personal"]["gradient_steps"] == scores["gradient_steps"] + 3 * 4
     assert "Each site’s own" in (out / "report.html").read_text()
-    common = load_file(out / "model.safetensors")
-    assert not torch.equal(common["head.weight"], own_model(out, "a")["head.weight"])
+    common, own = load_file(out / "model.safetensors"), load_file(own_file(out, "a"))
+    assert not torch.equal(common["head.weight"], own["head.weight"])
 
-    image = next((three_sites / "a" / "images").glob("*.png"))
-    code, text, _ = called(capsys, "predict", out, image, "--out", tmp_path / "one")
-    assert code == 0 and text.startswith("uses the common model; each site has one of its own")
-    (own,) = (out / "sites" / "a" / ".consilium" / "personal").glob("*.safetensors")
-    code, text, _ = called(capsys, "predict", out, image, "--out", tmp_path / "two", "--site-parts", own)
-    assert code == 0 and text.startswith("uses the site's own model")
-    first, second = ((tmp_path / name / "predictions.csv").read_text() for name in ("one", "two"))
-    assert first != second
-
-
-def test_a_run_whose_parts_stay_home_is_opened_with_those_of_a_site_only(
-    three_sites: Path, tiny_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    play(tiny_job, three_sites, out, federation__local="head")
-    image = next((three_sites / "a" / "images").glob("*.png"))
     code, _, error = called(capsys, "predict", out, image, "--out", tmp_path / "one")
-    assert code == 2 and "each site kept its own head" in error and "--site-parts" in error
-    (own,) = (out / "sites" / "a" / ".consilium" / "personal").glob("*.safetensors")
-    for words in (["predict", out, image], ["explain", out, "--image", image]):
-        code, text, error = called(capsys, *words, "--out", tmp_path / f"{words[0]}.png", "--site-parts", own)
-        assert code == 0 and "uses the site's own model" in text, error
+    assert code == 2
+    assert "each site kept its own normalisation layers" in error
+    for word, rest in {"predict": [image], "explain": ["--image", image], "export": []}.items():
+        target = tmp_path / f"{word}.png"
+        code, text, error = called(
+            capsys, word, out, *rest, "--out", target, "--site-parts", own_file(out, "a"),
+            *(["--format", "safetensors"] if word == "export" else []),
+        )  # fmt: skip
+        assert code == 0, error
+        assert text.startswith("uses the site's own model")
     code, _, error = called(
         capsys, "predict", out, image, "--out", tmp_path / "two", "--site-parts", out / "last.safetensors"
     )
-    assert code == 2 and "is no site's own model of this run" in error
+    assert code == 2
+    assert "is no site's own model of this run" in error
