@@ -197,14 +197,16 @@ def _steps(
             moments=moments,
             correction=correction,
         )
+    steps = job.local_steps(workspace.told["train"].images)
     trained = train_locally(
         model,
         load_task(job.task),
         workspace.data.subset("train"),
         job,
         site=workspace.name,
-        first_step=(round_ - 1) * job.train.local_steps,
-        steps=job.train.local_steps,
+        first_step=(round_ - 1) * steps,
+        steps=steps,
+        total=job.federation.rounds * steps,
         class_weights=weights,
         moments=moments,
         correction=correction,

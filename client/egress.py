@@ -179,7 +179,7 @@ def _training_figures(record: Any, asked: Asked) -> MetricRecord:
     figures = _numbers(record, allowed)
     if figures.get("num-examples") != told.images:
         raise Refused("num-examples is not the number that this site tells")
-    steps = job.train.local_steps
+    steps = job.local_steps(told.images)
     for name, most in {"num-examples": told.images, "steps": steps, "images": steps * job.train.batch_size}.items():
         value = figures.get(name, 0 if name == "images" else -1)
         if not isinstance(value, int) or not 0 <= value <= most:

@@ -35,7 +35,10 @@ def control(record: Any, asked: Asked) -> ArrayRecord:
         if not np.isfinite(values).all():
             raise Refused(f"control of {name} is not finite")
         squares += float(np.square(values.astype(np.float64)).sum())
-    limit, moved = asked.workspace.policy.max_update_norm, math.sqrt(squares) * control_scale(job)
+    limit, moved = (
+        asked.workspace.policy.max_update_norm,
+        math.sqrt(squares) * control_scale(job, asked.workspace.told["train"].images),
+    )
     if limit and not moved <= limit:
         raise Refused(f"the control variate is worth a change of {moved:g}, privacy.max_update_norm is {limit:g}")
     return ArrayRecord(out)

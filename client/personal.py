@@ -59,14 +59,16 @@ def train_beside(
     if job.federation.local != "ditto":
         return {}
     put(model, memory.load("personal", round_) or common, job)
+    steps = job.local_steps(workspace.told["train"].images)
     trained = train(
         model,
         load_task(job.task),
         workspace.data.subset("train"),
         job,
         site=workspace.name,
-        first_step=(round_ - 1) * job.train.local_steps,
-        steps=job.train.local_steps,
+        first_step=(round_ - 1) * steps,
+        steps=steps,
+        total=job.federation.rounds * steps,
         class_weights=class_weights,
         moments=memory.load("personal-moments", round_) if job.train.keep_optimizer else None,
         correction=pulled_to(model, job, common),
@@ -95,7 +97,7 @@ def make_personal(model: nn.Module, job: Job, workspace: Workspace, message: Mes
             workspace.data.subset("train"),
             job.replace(train__schedule="constant", train__warmup=0.0, train__learning_rate=rate),
             site=workspace.name,
-            first_step=asked.rounds * job.train.local_steps,
+            first_step=asked.rounds * job.local_steps(workspace.told["train"].images),
             steps=asked.finetune_steps,
             class_weights=list(config["class-weights"]),  # type: ignore[arg-type]
         )

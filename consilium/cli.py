@@ -143,6 +143,15 @@ def models(task: str) -> None:
         click.echo(line)
 
 
+@commands.command()
+def strategies() -> None:
+    """List the federated strategies by name, and the choices that each axis of a strategy has."""
+    from consilium.strategies import lines
+
+    for line in lines():
+        click.echo(line)
+
+
 commands.add_command(cohort)
 commands.add_command(site)
 commands.add_command(survey)

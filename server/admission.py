@@ -164,16 +164,35 @@ def admit(
     if job.federation.max_update_norm:
         change = math.sqrt(sum((arrays[k].double() - reference[k].double()).square().sum().item() for k in arrays))
         worth = [
-            math.sqrt(sum(array.double().square().sum().item() for array in record.values())) * control_scale(job)
+            math.sqrt(sum(array.double().square().sum().item() for array in record.values()))
+            * control_scale(job, surveyed)
             for record in more.values()
         ]
         if max(change, *worth, 0.0) > job.federation.max_update_norm:
             raise Dropped("too-far")
-    weight = float(examples) if job.federation.weighting == "examples" else 1.0
     numbers = _count(metrics, "steps"), _count(metrics, "images"), _number(metrics, "loss"), _numbers(metrics, "losses")
-    if job.federation.correction == "fednova" and not 0 < numbers[0] <= job.train.local_steps:
+    if job.federation.correction == "fednova" and not 0 < numbers[0] <= job.local_steps(surveyed):
         raise Dropped("bad-weight")  # there the steps weigh, too
+    weight = _weight(job, float(examples), numbers[1], numbers[2])
     return Update(weight, arrays, *numbers, _number(metrics, "epsilon"), more)
+
+
+def _weight(job: Job, examples: float, seen: int, loss: float) -> float:
+    """What a reply counts.
+
+    By loss: images times their mean loss in training to the power of fairness. q-FFL (Li et al. 2020) takes the loss
+    before training, for which each site would have to run the model once more.
+    """
+    if job.federation.weighting == "equal":
+        return 1.0
+    if job.federation.weighting == "examples":
+        return examples
+    if not (seen and 0 < loss < math.inf):
+        raise Dropped("no-loss")
+    weight: float = examples * (loss / seen) ** job.federation.fairness
+    if not 0 < weight < math.inf:
+        raise Dropped("no-loss")
+    return weight
 
 
 def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,6 +210,8 @@ def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> di
             raise Dropped("wrong-dtype")
         if array.is_floating_point() and not torch.isfinite(array).all():
             raise Dropped("not-finite")
+        if name.endswith("running_var") and bool((array < 0).any()):
+            raise Dropped("bad-variance")  # its root would make the whole model NaN
         arrays[name] = array
     return arrays
 

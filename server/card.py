@@ -17,6 +17,7 @@ from server.record import Record, count, has, lost_replies, read_record, reason_
 from server.store import write_text
 from server.wording import metric_name, number, privacy_words, with_interval
 from shared import __version__
+from shared.strategies import in_words
 from shared.tasks import TASKS
 
 CARD = "model_card.md"
@@ -173,9 +174,12 @@ def _data(record: Record) -> str:
 def _training(record: Record) -> str:
     job, own = record.job, record.scores["federated"]
     train = job.train
+    each = count(train.local_steps, "gradient step")
+    if train.local_epochs:
+        each = f"{train.local_epochs:g} times over its own images"
     lines = [
-        f"Federated averaging over {count(len(record.rounds), 'round')} of {job.federation.rounds:,} asked for, "
-        f"{count(train.local_steps, 'gradient step')} at each site a round, weighted by {job.federation.weighting}.",
+        f"{in_words(job.federation)} over {count(len(record.rounds), 'round')} of {job.federation.rounds:,} asked for, "
+        f"{each} at each site a round, weighted by {job.federation.weighting}.",
         f"{own['gradient_steps']:,} gradient steps of {train.batch_size} {record.case}s in all; {train.optimizer}, "
         f"learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}, "
         f"{train.precision}, seed {job.seed}.",

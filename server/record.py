@@ -33,6 +33,8 @@ REASONS = {
     "wrong-shape": "a part of the reply has the wrong size",
     "wrong-dtype": "a part of the reply has the wrong number type",
     "wrong-sums": "the counts in the reply contradict each other or name more images than there are",
+    "no-loss": "the reply names no loss, by which this job weighs the sites",
+    "bad-variance": "a variance in the reply is negative",
     "too-far": "the site’s change of the model is larger than the job allows",
     "other-job": "the site runs another job",
     "other-frozen-weights": "the site starts from other pretrained weights",

@@ -6,8 +6,8 @@ It talks to a Flower ``Grid`` only, so it is the same on one machine, on Ray and
 from __future__ import annotations
 
 import math
-import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from server.checkpoint import Best, Checkpoint, State
 from server.corrections import weight_of_all, with_own_rounds
 from server.evaluation import evaluated, rows, to_judge
 from server.exchange import array_bytes, replies
-from server.roll import await_sites, call
+from server.roll import await_sites, call, shortfall
+from server.sampling import pass_on, sample
 from server.secure import SecureRound
 from server.store import Store, read_events, write_pictures, write_text
 from shared import __version__
-from shared.cases import derived_seed
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
@@ -79,6 +79,7 @@ class Run:
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
         self.algorithm = Algorithm(job, trained_names(self.model, job))
+        self.asked: Counter[str] = Counter()  # how often each site was asked to train
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
@@ -118,6 +119,7 @@ class Run:
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
             self.algorithm.held.update(self.resumed.held)
+            self.asked.update(self.resumed.more.get("asked", {}))
             if self.central is not None:
                 self.central.bound, self.central.rounds = self.resumed.more["central"]
         else:
@@ -131,7 +133,7 @@ class Run:
             if number % job.evaluation.every == 0 or number == job.federation.rounds:
                 self._keep_best(number, arrays, self.evaluate(arrays, number, "val"))
             central = [self.central.bound, self.central.rounds] if self.central is not None else []
-            more = {"class_weights": weights, "central": central}
+            more = {"class_weights": weights, "central": central, "asked": dict(self.asked)}
             state = State(number, arrays, self.best, more, self.algorithm.held)
             self.checkpoint.save(state, self._facts(number))
         return arrays
@@ -228,19 +230,12 @@ class Run:
         return dropped
 
     def _require(self, admitted: int, dropped: list[dict[str, str]], when: str, secure: int = 0) -> None:
-        """``secure``: how many secure aggregation needs."""
-        least, who = max((self.job.federation.min_sites, "federation.min_sites"), (secure, "secure aggregation"))
-        if admitted < least:
-            reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
-            raise RunFailed(f"{when}, {admitted} sites are in order, {who} asks for {least} ({reasons})")
+        if lack := shortfall(admitted, dropped, self.job, secure):
+            raise RunFailed(f"{when}, {lack}")
 
     def sample(self, number: int) -> list[Place]:
-        """The sites of a round: all of them, or a share drawn from the job's seed; only those with training images."""
-        able = [place for place in self.places if place.images["train"]]
-        asked = self.job.federation
-        count = max(math.ceil(asked.fraction * len(able) - 1e-9), min(asked.min_sites, len(able)))
-        chosen = random.Random(derived_seed(self.job.seed, "sample", number)).sample(range(len(able)), count)
-        return [able[i] for i in sorted(chosen)]
+        """The sites of a round, see ``server.sampling``."""
+        return sample(self.places, self.job, number, self.asked)
 
     def train_round(self, arrays: Arrays, number: int, class_weights: list[float]) -> Arrays:
         """Send ``arrays`` out, aggregate the replies that are in order, return the new global arrays.
@@ -253,36 +248,41 @@ class Run:
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         places = self.sample(number)
-        config = self._config(number, **{"class-weights": [float(weight) for weight in class_weights]})
+        self.asked.update(place.name for place in places)
+        self.algorithm.everyone = weight_of_all(self.places, self.job)
+        config = self._config(number, **{"class-weights": list(map(float, class_weights))})
         config["best"] = self.best.round  # of which a site must not forget what is its own
         if self.job.privacy.dp == "distributed":  # one divisor at all sites, so that each one's noise weighs the same
             config["examples"] = sum(place.images["train"] for place in self.places) / len(self.places)
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})
-        beside = self.algorithm.outgoing(arrays)
-        for name, record in beside.items():
-            content[name] = ArrayRecord(record)
-        own = with_own_rounds(content, self.algorithm.correction)
-        self.algorithm.everyone = weight_of_all(self.places, self.job)
         if self.job.privacy.secure_aggregation:
             return self._secure_round(places, arrays, config, started)
 
-        def admitted() -> Iterator[tuple[float, Arrays]]:
+        def admitted(places: list[Place], sent: Arrays) -> Iterator[tuple[float, Arrays]]:
+            content = RecordDict({"arrays": ArrayRecord(sent), "config": config})
+            beside = self.algorithm.outgoing(sent)
+            for name, record in beside.items():
+                content[name] = ArrayRecord(record)
+            own = with_own_rounds(content, self.algorithm.correction)
             for place, reply in self._exchange(MessageType.TRAIN, own, places, number):
                 try:
-                    update: Update = admit(reply, arrays, self.job, place.images["train"], beside)
+                    update: Update = admit(reply, sent, self.job, place.images["train"], beside)
                 except Dropped as reason:
                     dropped.append({"site": place.name, "reason": str(reason)})
                     continue
                 trained.append({"site": place.name, **update.told(self.parts)})
-                yield self.algorithm.take(update, place.name, number, arrays)
+                yield self.algorithm.take(update, place.name, number, sent)
+                del update, reply  # the next one needs the room
 
-        noised: dict[str, Any] = {}
+        noised = {}
         try:
             if self.central is not None:
-                merged = self.central.merge(admitted(), arrays, len(places))
+                merged = self.central.merge(admitted(places, arrays), arrays, len(places))
+                merged = self.algorithm.step(arrays, merged, number)
                 noised = {"central": self.central.facts()}
+            elif self.job.federation.order == "cyclic":
+                merged = self.algorithm.step(arrays, pass_on(admitted, places, arrays, number), number)
             else:
-                merged = self.algorithm.merge(admitted(), arrays, number)
+                merged = self.algorithm.merge(admitted(places, arrays), arrays, number)
         except ValueError:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
@@ -301,7 +301,7 @@ class Run:
         self.store.add("round", round=number, **facts, seconds=seconds, bytes=dict(self.moved))
         lost = [*secure.dropped, *secure.facts["silent"]]
         self._require(secure.left, lost, f"in round {number}", secure.needed)
-        return merged
+        return self.algorithm.step(arrays, merged, number)
 
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""

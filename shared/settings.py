@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.strategies import STRATEGIES
+from shared.strategies import AGGREGATORS, SERVER_OPTIMIZERS, STRATEGIES
 from shared.tasks import TASKS
 
 # How a folder of images may be laid out; each task reads some of them. "cases" is what a partition writes.
@@ -122,6 +122,9 @@ class Model:
 @dataclass(frozen=True)
 class Train:
     local_steps: int = knob(1, "gradient steps at each site in each round", low=1, high=1_000_000)
+    local_epochs: float = knob(
+        0.0, "instead of local_steps: passes over a site's own images in each round; 0 is off", low=0.0, high=10_000.0
+    )
     batch_size: int = knob(32, "images per gradient step", low=1, high=65_536)
     optimizer: str = knob("adamw", "local optimiser", choices=("adamw", "sgd"))
     learning_rate: float = knob(0.004, "peak learning rate", low=0.0, high=100.0)
@@ -145,9 +148,55 @@ class Federation:
     strategy: str = knob(
         "fedavg", "a name for a choice of the settings below; what the job sets itself wins", choices=tuple(STRATEGIES)
     )
-    aggregator: str = knob("mean", "how replies become one model", choices=("mean",))
+    aggregator: str = knob(
+        "mean", "how replies become one model; `consilium strategies` explains each", choices=tuple(AGGREGATORS)
+    )
+    byzantine: int = knob(
+        1, "robust aggregators: so many sites may send anything at all; fewer replies than this asks for end the run",
+        low=0, high=10_000,
+    )  # fmt: skip
+    trim: float = knob(0.2, "trimmed_mean: share of the replies cut off at either end", low=0.01, high=0.49)
+    selected: int = knob(
+        0, "multikrum: replies that are averaged; 0 is their number without byzantine and two more", low=0
+    )
+    clip_norm: float = knob(0.0, "clipped_mean: largest L2 norm of a change; 0 takes the round's median norm", low=0.0)
+    memory_mb: int = knob(
+        4096, "robust aggregators: MB of replies held in memory, the rest lies in temporary files", low=0, high=10**9
+    )
+    server_optimizer: str = knob(
+        "none", "what steps on the averaged change of the model", choices=tuple(SERVER_OPTIMIZERS)
+    )
+    server_learning_rate: float = knob(
+        0.0, "of the server's optimiser; 0 is 1 for momentum, 0.01 for adam, yogi, adagrad", low=0.0, high=100.0
+    )
+    server_schedule: str = knob(
+        "constant", "the server's learning rate over the whole run", choices=("constant", "cosine")
+    )
+    server_momentum: float = knob(0.9, "momentum; first moment of adam and yogi", low=0.0, high=0.999)
+    server_beta2: float = knob(0.99, "second moment of adam and yogi", low=0.0, high=0.9999)
+    server_tau: float = knob(
+        0.001,
+        "adam, yogi, adagrad: added to the root of the second moment; more is less adaptive",
+        low=1e-9,
+        high=1.0,
+    )
     weighting: str = knob(
-        "examples", "a site counts by its training images, or each the same", choices=("examples", "equal")
+        "examples",
+        "a site counts by its training images, each the same, or by images times its loss to the power of fairness",
+        choices=("examples", "equal", "loss"),
+    )
+    fairness: float = knob(
+        1.0, 'weighting = "loss": more than 0 favours sites that do badly (q of q-FFL)', low=0.0, high=10.0
+    )
+    order: str = knob(
+        "parallel",
+        "parallel: sites train side by side and are averaged; cyclic: the model goes from site to site",
+        choices=("parallel", "cyclic"),
+    )
+    sampling: str = knob(
+        "balanced",
+        "with fraction below 1: every site equally often over time, or each round drawn anew",
+        choices=("balanced", "random"),
     )
     correction: str = knob(
         "none",

@@ -160,6 +160,7 @@ def train(
     class_weights: Sequence[float],
     moments: dict[str, Tensor] | None = None,
     correction: Correction | None = None,
+    total: int = 0,
 ) -> Trained:
     """Train ``model`` in place for ``steps`` gradient steps, numbers ``first_step`` onwards of the whole run.
 
@@ -167,6 +168,7 @@ def train(
         site: enters the seeds, so that sites draw independently.
         moments: the optimiser's state from an earlier call, or None to start afresh.
         correction: what is added to the gradients of each step.
+        total: steps of the whole run, over which the learning rate goes; 0 is what the job asks for of this data.
 
     Raises:
         SiteRefusal: there is nothing to train on, or the loss is no longer finite.
@@ -180,7 +182,7 @@ def train(
     optimizer = make_optimizer(model, job, parts)
     if moments is not None:
         put_moments(optimizer, moments)
-    total = job.federation.rounds * job.train.local_steps
+    total = total or job.federation.rounds * job.local_steps(len(data))
     seed = derived_seed(job.seed, site)
     torch.manual_seed(derived_seed(seed, first_step))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,6 +13,8 @@ from shared.config import Job
 from shared.errors import UserError
 from shared.tasks import load_task
 
+# torch's layers, torchvision's frozen ones and our own have no base in common, but all are called so.
+_NORM = re.compile(r"Norm(\dd)?$")
 REFERENCE = "reference"  # the submodule that holds the network a model is measured by, see shared.tasks
 
 
@@ -67,7 +70,7 @@ def _norms(model: nn.Module, job: Job) -> set[str]:
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if "Norm" in type(module).__name__  # torch's, torchvision's frozen ones and our own have no base in common
+        if _NORM.search(type(module).__name__)
         for name in module.state_dict()
     }
 
@@ -88,9 +91,12 @@ def trained_names(model: nn.Module, job: Job) -> list[str]:
     return [name for name in exchanged_names(model, job) if name in trained]
 
 
-def control_scale(job: Job) -> float:
-    """How far a round of plain gradient descent goes along a gradient of norm 1: what bounds on a change make of it."""
-    return job.train.learning_rate * job.train.local_steps
+def control_scale(job: Job, images: int) -> float:
+    """How far a round of plain gradient descent goes along a gradient of norm 1: what bounds on a change make of it.
+
+    ``images`` are those that the site trains on.
+    """
+    return job.train.learning_rate * job.local_steps(images)
 
 
 def exchanged(model: nn.Module, job: Job) -> dict[str, Tensor]:

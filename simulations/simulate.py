@@ -76,7 +76,7 @@ def run(
     extra |= {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with WorkerPool("client.app:app", workers) as pool:
         nodes = [node_of(folder / "sites", file) for file in files]
-        judged = plain(job)
+        judged = job.replace(**{key: PLAIN[key] for key in _OF_SITES})  # baselines are whole models
         jury = Run(_grid(pool, nodes, judged, folder, 1), judged, folder / "baselines", store=None)
         if baselines and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
@@ -152,14 +152,20 @@ def _federated(grid: LocalGrid) -> Callable[[], object]:
     return lambda: server_app(grid, context)
 
 
-def plain(job: Job) -> Job:
-    """The job without what makes one model of several or several of one: how a baseline trains, and is judged."""
-    return job.replace(
-        federation__strategy="fedavg",
-        federation__correction="none",
-        federation__local="nothing",
-        federation__finetune_steps=0,
-    )
+_OF_SITES = ("federation__strategy", "federation__correction", "federation__local", "federation__finetune_steps")
+# What merges replies, or keeps sites apart, has nothing to do with one site.
+PLAIN: dict[str, Scalar] = {
+    "federation__strategy": "fedavg",
+    "federation__aggregator": "mean",
+    "federation__weighting": "examples",
+    "federation__order": "parallel",
+    "federation__correction": "none",
+    "federation__local": "nothing",
+    "federation__finetune_steps": 0,
+    "federation__server_optimizer": "none",
+    "federation__server_learning_rate": 0.0,
+    "federation__server_schedule": "constant",
+}
 
 
 def _of_one(job: Job) -> dict[str, Scalar]:
@@ -179,11 +185,15 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run, store: str) -
     augmentation and schedule; each is tested on all sites' test images.
     """
     job = jury.job
-    per_round = len(jury.sample(1))
+    # Sites that train in epochs take steps by their size: in a round with a share of the sites, as many in the mean.
+    each = [job.local_steps(place.images["train"]) for place in jury.places if place.images["train"]]
+    per_round = round(len(jury.sample(1)) * sum(each) / max(len(each), 1))
     alone = job.replace(
-        train__local_steps=job.train.local_steps * per_round,
+        train__local_steps=max(per_round, 1),
+        train__local_epochs=0.0,
         federation__min_sites=1,
         federation__fraction=1.0,
+        **PLAIN,
         **_of_one(job),
     )
     homes = jury.folder

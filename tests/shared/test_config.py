@@ -106,6 +106,8 @@ def company(key: str, value: Any) -> dict[str, Any]:
     if key in ("privacy.epsilon", "privacy.noise_multiplier"):
         both = {"privacy.epsilon": 1.0, "privacy.noise_multiplier": 1.0}
         return {"privacy.dp": "local", "train.class_weights": "none"} | both
+    if key in ("federation.server_learning_rate", "federation.server_schedule"):
+        return {"federation.server_optimizer": "adam"}
     if key == "privacy.secure_aggregation":
         return {"federation.max_update_norm": 1.0}
     if key != "privacy.dp" or value == "none":
