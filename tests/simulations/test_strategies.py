@@ -76,6 +76,18 @@ def test_a_correction_trains_and_is_not_fedavg(
     assert held == ({"moments", "control"} if name in ("scaffold", "feddyn") else {"moments"})
 
 
+def test_fednova_is_not_fedavg_where_sites_take_different_steps(
+    pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    settings = {"train__local_steps": 1, "train__local_epochs": 2.0, "federation__rounds": 2}
+    play(pool, tiny_job, three_sites, tmp_path / "plain", **settings)
+    scores = play(pool, tiny_job, three_sites, tmp_path / "run", federation__strategy="fednova", **settings)
+    first = next(event for event in read_events(tmp_path / "run") if event["event"] == "round")
+    assert [row["steps"] for row in first["trained"]] == [3, 4, 5]  # of 12, 16 and 20 training images, 8 at once
+    assert scores["dropped"] == []
+    assert gap(tmp_path / "plain" / "last.safetensors", tmp_path / "run" / "last.safetensors") > 1e-5
+
+
 @pytest.mark.parametrize("name", ["scaffold", "feddyn"])
 def test_what_the_sites_keep_adds_up_to_what_the_server_has_though_replies_get_lost(
     name: str, three_sites: Path, tiny_job: Job, tmp_path: Path
