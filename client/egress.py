@@ -13,20 +13,21 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from client import egress_log, lazy
+from client import egress_log
 from client.counts import survey_counts
+from client.egress_base import DTYPES, Asked, Check, Refused, opened
+from client.egress_beside import byte_list, byte_strings, control, masked
 from client.egress_entry import note
-from client.workspace import Workspace, find_sites, open_model, write_log
+from client.workspace import find_sites, open_model, write_log
 from shared import __version__
 from shared.codecs import CHANGE, coding, decode
 from shared.config import Job
@@ -37,29 +38,6 @@ from shared.sitefile import SITE_NAME
 from shared.statistics import template
 from shared.tasks import Sums, load_task
 from shared.weights import exchanged_names
-
-Record = ArrayRecord | MetricRecord | ConfigRecord
-
-
-# By name of kind and size, so that neither another byte order nor an object is one of them.
-_FLOATS, _WHOLE = (torch.float16, torch.float32, torch.float64), (torch.uint8, torch.int8, torch.int16, torch.int32)
-_DTYPES = {torch.empty(0, dtype=kind).numpy().dtype: kind for kind in (*_FLOATS, *_WHOLE, torch.int64, torch.bool)}
-
-
-class Refused(Exception):
-    """Something may not leave; ``str`` says what, for the site's own log."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a reply is held against: the job, the site with its rules, and the content of the message it answers."""
-
-    job: Job
-    workspace: Workspace
-    content: RecordDict
-
-
-Check = Callable[[Any, Asked], Record]
 
 
 def release(
@@ -136,6 +114,12 @@ def _status(code: str, name: str) -> ConfigRecord:
 # ---------------------------------------------------------------------- the records
 
 
+def kind_of(kind: str, job: Job) -> str:
+    """The kind of reply to a message of this type: a job may ask for more beside the trained model."""
+    own = f"{kind}.{job.federation.correction}"
+    return own if own in KINDS else kind
+
+
 def checked_update(
     arrays: Mapping[str, np.ndarray], incoming: Mapping[str, np.ndarray], asked: Asked
 ) -> dict[str, np.ndarray]:
@@ -154,7 +138,7 @@ def checked_update(
     limit, squares = asked.workspace.policy.max_update_norm, 0.0
     for name in names:
         values, expected = arrays[name], state[name]
-        if _DTYPES.get(values.dtype) != expected.dtype or values.shape != tuple(expected.shape):
+        if DTYPES.get(values.dtype) != expected.dtype or values.shape != tuple(expected.shape):
             raise Refused(f"{name} is {values.dtype} {values.shape}, not as in this model")
         if not np.isfinite(values).all():
             raise Refused(f"{name} is not finite")
@@ -175,8 +159,8 @@ def _statistics_of(model: nn.Module) -> set[str]:
 
 
 def _update(record: Any, asked: Asked) -> ArrayRecord:
-    opened = {name: _opened(array) for name, array in record.items()}
-    arrays = {name: values for name, (values, _) in opened.items()}
+    found = {name: opened(array) for name, array in record.items()}
+    arrays = {name: values for name, (values, _) in found.items()}
     how = coding(asked.job) if list(arrays) == [CHANGE] else None  # then it is the model it leads to that is checked
     needed = how or asked.workspace.policy.max_update_norm or is_private(asked.job)
     incoming = asked.content.array_records["arrays"].to_torch_state_dict() if needed else {}
@@ -186,21 +170,7 @@ def _update(record: Any, asked: Asked) -> ArrayRecord:
         except ValueError as problem:
             raise Refused(f"the coded change: {problem}") from None
     checked_update(arrays, {name: array.numpy() for name, array in incoming.items()}, asked)
-    return ArrayRecord({name: array for name, (_, array) in opened.items()})
-
-
-def _opened(array: Array) -> tuple[np.ndarray, Array]:
-    """The numbers of an array, and an array made of them alone: as it comes it may hold other words and more bytes."""
-    numbers = lazy.numbers_of(array)
-    if type(numbers) is lazy.Kept:  # not written out yet, and nobody can write to it: shared with the new array
-        return numbers.frozen(), lazy.array_of(lazy.Kept(numbers.frozen()))
-    dtype, shape = np.dtype(array.dtype), tuple(array.shape)
-    head = lazy.header(dtype.str, shape)
-    if array.data.startswith(head) and len(array.data) == len(head) + dtype.itemsize * math.prod(shape):
-        values = np.frombuffer(array.data, dtype, offset=len(head)).reshape(shape)
-        return values, Array(str(values.dtype), values.shape, "numpy.ndarray", array.data)  # the bytes are not copied
-    values = np.ascontiguousarray(array.numpy())
-    return values, Array(values)
+    return ArrayRecord({name: array for name, (_, array) in found.items()})
 
 
 def _training_figures(record: Any, asked: Asked) -> MetricRecord:
@@ -285,58 +255,16 @@ def _numbers(record: Any, allowed: Mapping[str, int]) -> Sums:
     return found
 
 
-def _masked(record: Any, asked: Asked) -> ArrayRecord:
-    """The model and a few figures as one vector of 32-bit numbers under masks, of which no check can see anything: what
-    is in it must pass ``records("train", …)`` before it is masked."""
-    if set(record) != {"masked"}:
-        raise Refused("another array than the masked one")
-    values, array = _opened(record["masked"])
-    state = open_model(asked.job).state_dict()
-    least = sum(state[name].numel() for name in exchanged_names(open_model(asked.job), asked.job))
-    if values.dtype != np.uint32 or values.ndim != 1 or not least <= len(values) <= least + _FIGURES:
-        raise Refused(f"masked is {values.dtype} {values.shape}, not as of this model")
-    return ArrayRecord({"masked": array})
-
-
-_FIGURES = 32  # at most so many numbers go with a model under masks: its weight, images, losses
-
-
-def _bytes(**lengths: int) -> Check:
-    """A record of byte strings of exactly these names and lengths."""
-
-    def check(record: Any, asked: Asked) -> ConfigRecord:
-        if set(record) != set(lengths):
-            raise Refused(f"{sorted(record)} instead of {sorted(lengths)}")
-        for name, length in lengths.items():
-            value = record[name]
-            if not (type(value) is bytes and len(value) == length):
-                raise Refused(f"{name} is not {length} bytes")
-        return ConfigRecord({name: record[name] for name in lengths})
-
-    return check
-
-
-def _byte_list(name: str, length: int) -> Check:
-    """A record of one list of byte strings, each of this length or empty."""
-
-    def check(record: Any, asked: Asked) -> ConfigRecord:
-        if set(record) != {name} or not isinstance(record[name], list):
-            raise Refused(f"{sorted(record)} instead of a list {name}")
-        if not all(type(value) is bytes and len(value) in (0, length) for value in record[name]):
-            raise Refused(f"{name} holds what is not {length} bytes")
-        return ConfigRecord({name: list(record[name])})
-
-    return check
-
-
 KINDS: dict[str, dict[str, Check]] = {
     "query": {"metrics": _survey_counts, "facts": _facts},
     "query.survey": {"metrics": _statistics},
     "train": {"arrays": _update, "metrics": _training_figures},
+    "train.scaffold": {"arrays": _update, "metrics": _training_figures, "control": control},
     "evaluate": {"metrics": _evaluation_sums},
+    "evaluate.personal": {"metrics": _evaluation_sums},
     # Secure aggregation: public keys and commitments, sealed and open shares of seeds, see shared.masking.
-    "train.keys": {"keys": _bytes(mask=32, seal=32, commitment=32)},
-    "train.shares": {"shares": _byte_list("sealed", 60)},
-    "train.masked": {"arrays": _masked},
-    "train.unmask": {"revealed": _byte_list("shares", 16)},
+    "train.keys": {"keys": byte_strings(mask=32, seal=32, commitment=32)},
+    "train.shares": {"shares": byte_list("sealed", 60)},
+    "train.masked": {"arrays": masked},
+    "train.unmask": {"revealed": byte_list("shares", 16)},
 }

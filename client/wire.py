@@ -12,7 +12,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 
-from client.workspace import Moments, Workspace, open_model, run_name
+from client.memory import Memory
+from client.workspace import Workspace, open_model, run_name
 from shared.cases import derived_seed
 from shared.codecs import CHANGE, Coding, coding, decode, encode, is_coded, residual, with_residual
 from shared.config import Job
@@ -20,6 +21,7 @@ from shared.errors import SiteRefusal
 from shared.weights import digest, exchanged_names
 
 Arrays = dict[str, Tensor]
+MODELS, LATE = "models", "late"  # see client.memory
 
 
 def opened(message: Message, context: Context, job: Job, workspace: Workspace) -> Message:
@@ -33,13 +35,14 @@ def opened(message: Message, context: Context, job: Job, workspace: Workspace) -
         return message
     version, base = int(config["codec-version"]), int(config.get("codec-base", -1))  # type: ignore[arg-type]
     sent, expected = message.content.array_records["arrays"], config["codec-digest"]
-    kept = Moments(workspace.home, run_name(context), job, "models")
-    arrays = _ordered(kept.exactly(version), job)
+    kept = Memory(workspace.home, run_name(context), job, MODELS)
+    arrays = _ordered(kept.exactly(MODELS, version), job)
     if arrays is None or digest(arrays) != expected:
-        arrays = sent.to_torch_state_dict() if base < 0 else _changed(_ordered(kept.exactly(base), job), sent, how)
+        before = None if base < 0 else _ordered(kept.exactly(MODELS, base), job)
+        arrays = sent.to_torch_state_dict() if base < 0 else _changed(before, sent, how)
         if arrays is None or digest(arrays) != expected:
             raise SiteRefusal("model-missing", f"the server's model after round {base} is not kept here")
-        kept.save(version, arrays)
+        kept.save(version, {MODELS: arrays})
     content = RecordDict(dict(message.content))
     content["arrays"] = ArrayRecord(arrays)
     return Message(content, metadata=message.metadata)  # type: ignore[call-overload,no-any-return]
@@ -69,12 +72,12 @@ def packed(content: RecordDict, message: Message, context: Context, job: Job, wo
     before = message.content.array_records["arrays"].to_torch_state_dict()
     trained = content.array_records["arrays"].to_torch_state_dict()
     round_ = int(message.content["config"]["round"])  # type: ignore[arg-type]
-    late = Moments(workspace.home, run_name(context), job, "late")
-    target = with_residual(trained, late.load(round_) or {})
+    late = Memory(workspace.home, run_name(context), job, LATE)
+    target = with_residual(trained, late.load(LATE, round_) or {})
     seed = derived_seed(job.seed, workspace.name, "codec", round_)
     bounds = [bound for bound in (workspace.policy.max_update_norm, job.federation.max_update_norm) if bound]
     change, after = _within(min(bounds, default=math.inf), before, trained, target, how, seed)
-    late.save(round_, residual(target, after))
+    late.save(round_, {LATE: residual(target, after)})
     return RecordDict(dict(content) | {"arrays": ArrayRecord({CHANGE: Array(change)})})
 
 

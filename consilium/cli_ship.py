@@ -28,15 +28,29 @@ _registry = click.option(
 @click.option(
     "--weights", default="best", show_default=True, help="best: the round best in validation; last: the last one."
 )
-def export(run: Path, formats: tuple[str, ...], int8: bool, images: Path | None, out: Path, weights: str) -> None:
+@click.option(
+    "--site-parts", "parts", type=Path, help="A site's own model of this run, to be used instead of the common one."
+)
+def export(
+    run: Path,
+    formats: tuple[str, ...],
+    int8: bool,
+    images: Path | None,
+    out: Path,
+    weights: str,
+    parts: Path | None,
+) -> None:
     """Write the model of the run folder RUN so that other programs can run it, with all that they must know.
 
     Every file is run and compared with the model before anything is written. model.json says how an image becomes the
     input and what the output means; the folder can be loaded as a MONAI bundle.
     """
     from consilium.shipping.export import export as write
+    from consilium.trained import whose
 
-    done = write(run, out, formats, int8, images, weights)
+    if line := whose(run, parts):
+        click.echo(line)
+    done = write(run, out, formats, int8, images, weights, parts)
     for name, facts in done.files.items():
         click.echo(f"{out / name}  {facts['bytes'] / 1e6:.2f} MB  {_in_words(facts)}")
     click.echo(f"how to run it: {out / 'model.json'}")

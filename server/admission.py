@@ -20,6 +20,7 @@ from shared.codecs import CHANGE, Coding, coding, decode, length
 from shared.config import Job
 from shared.sitefile import SITE_NAME
 from shared.tasks import Sums
+from shared.weights import control_scale
 
 _FAILURES = {
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "site-error",
@@ -59,6 +60,7 @@ class Update(NamedTuple):
     loss: float
     losses: list[float]
     epsilon: float
+    beside: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012  other records of arrays, where the job asks for them
 
     def told(self, parts: Sequence[str]) -> dict[str, Any]:
         """What a round's event says of it; ``parts`` are the names of the model's."""
@@ -130,10 +132,18 @@ def admit_facts(reply: Message | None, job: Job, frozen: str, counted: int) -> F
     return Facts(name, dict(zip(SPLITS, counts, strict=True)), list(classes), skipped)  # type: ignore[arg-type]
 
 
-def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surveyed: int) -> Update:
+def admit(
+    reply: Message | None,
+    reference: Mapping[str, Tensor],
+    job: Job,
+    surveyed: int,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Update:
     """Check a training reply against the global model it answers.
 
     ``surveyed`` is the number of training images the site named before the first round; it may not claim more later.
+    ``beside`` are the records that went out with the model: the reply has one of the same names, shapes and kinds for
+    each, a change worth no more than the model's may be.
 
     Raises:
         Dropped: with the reason.
@@ -141,7 +151,8 @@ def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surv
     status(reply)
     assert reply is not None
     content = reply.content
-    if set(content.array_records) != {"arrays"} or set(content.metric_records) != {"metrics"}:
+    beside = beside or {}
+    if set(content.array_records) != {"arrays", *beside} or set(content.metric_records) != {"metrics"}:
         raise Dropped("wrong-records")
     metrics = content["metrics"]
     examples = metrics.get("num-examples")
@@ -151,13 +162,21 @@ def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surv
         raise Dropped("bad-weight")
     how = coding(job)
     arrays = _changed(content["arrays"], reference, how) if how else _arrays(content["arrays"], reference)
+    more = {name: _arrays(content[name], expected) for name, expected in beside.items()}
     if job.federation.max_update_norm:
         change = math.sqrt(sum((arrays[k].double() - reference[k].double()).square().sum().item() for k in arrays))
-        if change > job.federation.max_update_norm:
+        worth = [
+            math.sqrt(sum(array.double().square().sum().item() for array in record.values()))
+            * control_scale(job, surveyed)
+            for record in more.values()
+        ]
+        if max(change, *worth, 0.0) > job.federation.max_update_norm:
             raise Dropped("too-far")
     numbers = _count(metrics, "steps"), _count(metrics, "images"), _number(metrics, "loss"), _numbers(metrics, "losses")
+    if job.federation.correction == "fednova" and not 0 < numbers[0] <= job.local_steps(surveyed):
+        raise Dropped("bad-weight")  # there the steps weigh, too
     weight = _weight(job, float(examples), numbers[1], numbers[2])
-    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"))
+    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"), more)
 
 
 def _weight(job: Job, examples: float, seen: int, loss: float) -> float:

@@ -7,12 +7,14 @@ which the checkpoint saves: a resumed run goes on as if it had not been broken o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from server import aggregation, robust
+from server.admission import Update
+from server.corrections import CORRECTIONS
 from server.gathered import TooFew as TooFew
 from server.optimizers import MOMENTS, OPTIMIZERS, server_rate
 from shared.config import Job
@@ -32,13 +34,19 @@ class Algorithm:
     ``trained`` names the arrays that gradients train; others, such as BatchNorm's running statistics, are not stepped.
     """
 
-    def __init__(self, job: Job, trained: Collection[str] = ()) -> None:
+    def __init__(self, job: Job, trained: Sequence[str] = ()) -> None:
         self.job, self.trained = job, frozenset(trained)
         self.held: dict[str, Arrays] = {}
+        self.everyone = 0.0  # the weight of all sites that could train in this round
+        self.correction = CORRECTIONS[job.federation.correction](job, trained, self.held)
 
-    def outgoing(self) -> dict[str, Arrays]:
-        """What goes to the sites of a round beside the model: arrays by the name of their record."""
-        return {}
+    def outgoing(self, before: Mapping[str, Tensor]) -> dict[str, Arrays]:
+        """What goes to the sites of a round beside the model ``before``: arrays by the name of their record."""
+        return self.correction.outgoing(before)
+
+    def take(self, update: Update, site: str, number: int, before: Arrays) -> tuple[float, Arrays]:
+        """An admitted reply as ``merge`` takes it."""
+        return self.correction.take(update, site, number, before)
 
     def merge(self, replies: Iterable[tuple[float, Arrays]], before: Arrays, number: int) -> Arrays:
         """The global model after round ``number``, of which ``before`` was sent out.
@@ -46,8 +54,10 @@ class Algorithm:
         Raises:
             TooFew: there is no reply, or the aggregator needs more.
         """
+        self.correction.begin()
         merge = aggregator(self.job.federation.aggregator)
-        return self.step(before, merge(replies, before, self.job), number)
+        merged = merge(replies, before, self.job)
+        return self.step(before, self.correction.finish(before, merged, self.everyone), number)
 
     def step(self, before: Arrays, merged: Arrays, number: int) -> Arrays:
         """The server's optimiser on the change from ``before`` to the aggregate ``merged``.

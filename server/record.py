@@ -46,6 +46,7 @@ DECLINED = "site-declined: "
 
 # What models and places are called in the report.
 FEDERATED, POOLED, ONLY, SERVER = "Federated", "All data in one place", "Only ", "server’s own images"
+PERSONAL = "Each site’s own"  # model, made of the federated one: on its own test images
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class Record:
     @property
     def models(self) -> dict[str, dict[str, Any]]:
         """Scores of every trained model, by what it is called in the report."""
-        found = {FEDERATED: self.scores["federated"]}
+        own = self.scores["federated"]
+        found = {FEDERATED: own} | ({PERSONAL: own["personal"]} if "personal" in own else {})
         found |= {POOLED: self.scores["pooled"]} if "pooled" in self.scores else {}
         return found | {f"{ONLY}{name}": scores for name, scores in self.scores.get("local", {}).items()}
 

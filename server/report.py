@@ -57,6 +57,7 @@ STEPS = {
     "round": "did not count in training",
     "val": "is missing from the validation",
     "test": "did not answer the test",
+    "personal": "did not tell how its own model does",
 }
 
 

@@ -22,7 +22,8 @@ def run_scores(folder: Path) -> Scores:
     """What a run reached on the test images: metrics by name, with intervals, counts and the same per site.
 
     ``{"auroc": .98, …, "images": 812, "intervals": {"auroc": [low, high], …}, "n": {"auroc": 812, …},
-    "sites": {name: the same}, "rounds", "best_round", "gradient_steps", "images_seen", "seconds", "dropped"}``
+    "sites": {name: the same}, "personal": {the same, of each site's own model},
+    "rounds", "best_round", "gradient_steps", "images_seen", "seconds", "dropped"}``
     """
     events = read_events(folder)
     rounds = [event for event in events if event["event"] == "round"]
@@ -39,6 +40,8 @@ def run_scores(folder: Path) -> Scores:
             scores["server"] = _scores(last["server"], last["server_images"])
     scores["rounds"] = len(rounds)
     scores["gradient_steps"] = sum(item["steps"] for event in rounds for item in event["trained"])
+    if own := [event for event in events if event["event"] == "personal"]:
+        scores["personal"] = _personal(own[-1], scores, load_job(folder / "job.toml"))
     scores["images_seen"] = sum(item["images"] for event in rounds for item in told(event))
     scores["seconds"] = round(events[-1]["time"] - events[0]["time"], 1) if events else 0.0
     scores["dropped"] = dropped(events)
@@ -49,6 +52,18 @@ def run_scores(folder: Path) -> Scores:
 def scores_of(metrics: Mapping[str, Estimate], images: int) -> Scores:
     """The same form from metrics that were computed here and now."""
     return _scores({name: vars(estimate) for name, estimate in metrics.items()}, images)
+
+
+def _personal(event: Event, scores: Scores, job: Job) -> Scores:
+    """Each site's own model on its own test images, beside the common model on the same."""
+    found = _scores(event["metrics"], event["images"])
+    found["sites"] = {name: _scores(rows, event["site_images"][name]) for name, rows in event["sites"].items()}
+    tuned = job.federation.finetune_steps * len(event["sites"])
+    return found | {
+        "best_round": event["round"],
+        "rounds": scores["rounds"],
+        "gradient_steps": scores["gradient_steps"] + tuned,
+    }
 
 
 def _calibration(sites: Mapping[str, Sums], job: Job) -> dict[str, Any]:

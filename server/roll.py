@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
 
 from server.admission import Dropped, Place, admit_facts
 from shared.config import Job
@@ -47,6 +49,13 @@ def _site_name(reply: Message | None) -> str:
         return ""
     name = str(reply.content.config_records.get("status", ConfigRecord()).get("site", ""))
     return name if re.fullmatch(SITE_NAME, name) else ""  # a name is all that may ride on it
+
+
+def await_sites(grid: Grid, expected: int, seconds: float) -> None:
+    """Wait until as many sites as are expected are connected, but no longer; a simulated site always is."""
+    deadline = time.monotonic() + seconds
+    while len(list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        time.sleep(1.0)
 
 
 def shortfall(admitted: int, dropped: Sequence[Mapping[str, str]], job: Job, secure: int = 0) -> str:

@@ -17,11 +17,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from server.admission import Dropped, Place, Update, admit, admit_sums
+from server.admission import Dropped, Place, Update, admit
 from server.algorithm import Algorithm, TooFew
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
-from server.roll import call, shortfall
+from server.corrections import weight_of_all, with_own_rounds
+from server.evaluation import evaluated, rows, to_judge
+from server.roll import await_sites, call, shortfall
 from server.sampling import pass_on, sample
 from server.secure import SecureRound
 from server.store import Store, read_events, write_pictures, write_text
@@ -30,9 +32,9 @@ from shared import __version__
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
-from shared.tasks import TASKS, Sums, add_sums, load_task
+from shared.tasks import TASKS, Sums, load_task
 from shared.training import pick_device
-from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, put
+from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names, whole
 
 Arrays = dict[str, Tensor]
 
@@ -75,7 +77,7 @@ class Run:
         self.model = self.task.build_model(job)
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
-        self.algorithm = Algorithm(job, [name for name, _ in self.model.named_parameters()])
+        self.algorithm = Algorithm(job, trained_names(self.model, job))
         self.asked: Counter[str] = Counter()  # how often each site was asked to train
         self.line = Line(job)
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
@@ -110,7 +112,7 @@ class Run:
 
     def _train_all(self, arrays: Arrays) -> Arrays:
         job, done = self.job, self.resumed.round if self.resumed else 0
-        self._await_sites()
+        await_sites(self.grid, self.expected, job.federation.start_timeout)
         self.survey(round_=done)
         if hasattr(self.task, "reference") and not (self.reference or self.is_reference):
             self.reference = train_reference(self.grid, job, self.folder, self.store.store)
@@ -125,6 +127,7 @@ class Run:
             totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
             weights = [float(weight) for weight in self.task.class_weights(totals, job)]
             self.evaluate(arrays, 0, "val")
+        self.class_weights = weights
         for number in range(done + 1, job.federation.rounds + 1):
             self._admit_newcomers(number)
             arrays = self.train_round(arrays, number, weights)
@@ -159,6 +162,8 @@ class Run:
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
         self.evaluate(self.best.arrays, self.best.round, "test")
+        if keeps_own(job) and self.jury is None:
+            self._personal(self.best.arrays, self.best.round)
         if not any(place.images["test"] for place in self.places):
             self.store.add("warning", text="no test image at any site: no test figure can be given")
         return {
@@ -182,12 +187,6 @@ class Run:
 
     def _config(self, round_: int, **more: Any) -> ConfigRecord:
         return ConfigRecord({"round": round_, **more} | ({"reference": True} if self.is_reference else {}))
-
-    def _await_sites(self) -> None:
-        """Wait until all who are expected are connected; a simulated site always is."""
-        deadline = time.monotonic() + self.job.federation.start_timeout
-        while len(list(self.grid.get_node_ids())) < self.expected and time.monotonic() < deadline:
-            time.sleep(1.0)
 
     def survey(self, fresh: bool = True, round_: int = 0) -> None:
         """Ask every node who it is; fill ``places``, sorted by name.
@@ -242,7 +241,9 @@ class Run:
         dropped: list[dict[str, str]] = []
         places = self.sample(number)
         self.asked.update(place.name for place in places)
+        self.algorithm.everyone = weight_of_all(self.places, self.job)
         config = self._config(number, **{"class-weights": list(map(float, class_weights))})
+        config["best"] = self.best.round  # of which a site must not forget what is its own
         if self.job.privacy.dp == "distributed":  # one divisor at all sites, so that each one's noise weighs the same
             config["examples"] = sum(place.images["train"] for place in self.places) / len(self.places)
         if self.job.privacy.secure_aggregation:
@@ -250,17 +251,18 @@ class Run:
 
         def admitted(places: list[Place], sent: Arrays) -> Iterator[tuple[float, Arrays]]:
             content = RecordDict({"arrays": ArrayRecord(sent), "config": config})
-            for name, beside in self.algorithm.outgoing().items():
-                content[name] = ArrayRecord(beside)
-            addressed = self.line.addressed(content, sent, number - 1)
-            for place, reply in self._exchange(MessageType.TRAIN, addressed, places, number):
+            beside = self.algorithm.outgoing(sent)
+            for name, record in beside.items():
+                content[name] = ArrayRecord(record)
+            own = with_own_rounds(self.line.addressed(content, sent, number - 1), self.algorithm.correction)
+            for place, reply in self._exchange(MessageType.TRAIN, own, places, number):
                 try:
-                    update: Update = admit(reply, sent, self.job, place.images["train"])
+                    update: Update = admit(reply, sent, self.job, place.images["train"], beside)
                 except Dropped as reason:
                     dropped.append({"site": place.name, "reason": str(reason)})
                     continue
                 trained.append({"site": place.name, **update.told(self.parts)})
-                yield update.weight, update.arrays
+                yield self.algorithm.take(update, place.name, number, sent)
                 del update, reply  # the next one needs the room
 
         noised = {}
@@ -295,35 +297,29 @@ class Run:
 
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": self._config(number, split=split)})
-        if self.reference:
-            content[REFERENCE] = ArrayRecord(self.reference)
-        sums: dict[str, Sums] = {}
-        dropped: list[dict[str, str]] = []
-        asked = [place for place in self.places if place.images[split]]
-        sent = self.line.addressed(content, arrays, number)
-        for place, reply in self._exchange(MessageType.EVALUATE, sent, asked, number):
-            try:
-                sums[place.name] = admit_sums(reply, self.template, self.task, self.job, place.images[split])
-            except Dropped as reason:
-                dropped.append({"site": place.name, "reason": str(reason)})
-        whole = add_sums([self.template, *sums.values()])
-        metrics = self.task.summarise(whole, self.job)
-        facts: dict[str, Any] = {"round": number, "split": split, "metrics": _rows(metrics), "dropped": dropped}
-        facts["images"] = whole["n"]
-        facts["sites"] = {name: _rows(self.task.summarise(part, self.job)) for name, part in sums.items()}
-        facts["site_images"] = {name: part["n"] for name, part in sums.items()}
-        if split == "test":
-            facts["sums"] = sums
-        if self.heldout is not None:
+        content = to_judge(arrays, self._config(number, split=split), self.reference)
+        able = [place for place in self.places if place.images[split] and (place.images["train"] or whole(self.job))]
+        answers = self._exchange(MessageType.EVALUATE, self.line.addressed(content, arrays, number), able, number)
+        facts, metrics = evaluated(answers, split, self.template, self.task, self.job)
+        facts = {"round": number, "split": split, **facts}
+        if self.heldout is not None and whole(self.job):
             own = self.task.collect(self._model_of(arrays), self.heldout, self.job, self.device)
-            facts["server"] = _rows(self.task.summarise(own, self.job))
+            facts["server"] = rows(self.task.summarise(own, self.job))
             facts["server_images"] = own["n"]
-        if hasattr(self.task, "show"):
+        if hasattr(self.task, "show") and whole(self.job):
             pictures = self.task.show(self._model_of(arrays), self.job)
             facts["pictures"] = write_pictures(self.folder / "pictures", pictures, f"{split}-{number:06}")
         self.store.add("evaluation", **facts)
-        return metrics  # type: ignore[no-any-return]
+        return metrics
+
+    def _personal(self, arrays: Arrays, number: int) -> None:
+        """Let each site make its own model of the one that was kept, and test it; stored beside the global one's."""
+        config = self._config(number, **{"split": "test", "class-weights": [float(w) for w in self.class_weights]})
+        content = to_judge(arrays, config, self.reference)
+        able = [place for place in self.places if place.images["train"]]
+        answers = self._exchange(f"{MessageType.EVALUATE}.personal", content, able, number)
+        facts, _ = evaluated(answers, "test", self.template, self.task, self.job)
+        self.store.add("personal", round=number, **facts)
 
 
 def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") -> Arrays:
@@ -338,7 +334,3 @@ def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") 
         run.is_reference = True
         run.run()
     return run.best.arrays
-
-
-def _rows(metrics: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
-    return {name: vars(estimate) for name, estimate in metrics.items()}

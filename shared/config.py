@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
+from shared.local_pairs import check_local
 from shared.pairs import check_federation
 from shared.rules import check_rules
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
@@ -232,6 +233,7 @@ def _check_together(job: Job) -> None:
     data = job.data
     check_rules(data.harmonise, data.landmarks, data.channels, data.spacing, job.task, bool(job.modalities))
     _check_privacy(job)
+    check_local(job)
     if job.privacy.secure_aggregation:
         _check_secure(job)
 

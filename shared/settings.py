@@ -220,6 +220,25 @@ class Federation:
         choices=("none", "bf16", "int8", "int2", "sign", "topk", "topk-int8"),
     )
     codec_keep: float = knob(0.1, "topk: share of the numbers that travel in a round", low=1 / 256, high=1.0)
+    correction: str = knob(
+        "none",
+        "against sites drifting apart: a pull to the common model (FedProx), control variates (SCAFFOLD), changes "
+        "counted per step (FedNova), or a bent local loss (FedDyn)",
+        choices=("none", "proximal", "scaffold", "fednova", "feddyn"),
+    )
+    proximal_mu: float = knob(0.01, "proximal: mu, the strength of the pull", low=0.0, high=1e4)
+    feddyn_alpha: float = knob(0.1, "feddyn: alpha, the strength of the pull", low=1e-6, high=1e4)
+    local: str = knob(
+        "nothing",
+        "what stays at the site: its normalisation layers (FedBN), its head (FedPer), or a personal model beside the "
+        "common one (Ditto)",
+        choices=("nothing", "norm", "head", "ditto"),
+    )
+    ditto_lambda: float = knob(0.1, "ditto: lambda, how strongly the common model pulls it", low=0.0, high=1e4)
+    finetune_steps: int = knob(
+        0, "steps in which each site fits the final model to its own images, for itself", low=0, high=1_000_000
+    )
+    finetune_rate: float = knob(0.1, "learning rate of these steps, as a share of the peak", low=0.0, high=10.0)
     max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
     max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
     round_timeout: float = knob(

@@ -82,6 +82,13 @@ STRATEGIES: dict[str, dict[str, Value]] = {
     "bulyan": {"federation.aggregator": "bulyan"},
     "qffl": {"federation.weighting": "loss"},
     "cyclic": {"federation.order": "cyclic"},
+    "fedprox": {"federation.correction": "proximal"},  # Li et al. 2020
+    "scaffold": {"federation.correction": "scaffold"},  # Karimireddy et al. 2020
+    "fednova": {"federation.correction": "fednova"},  # Wang et al. 2020
+    "feddyn": {"federation.correction": "feddyn"},  # Acar et al. 2021
+    "fedbn": {"federation.local": "norm"},  # Li et al. 2021
+    "fedper": {"federation.local": "head"},  # Arivazhagan et al. 2019
+    "ditto": {"federation.local": "ditto"},  # Li et al. 2021
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shared.cases import derived_seed
 from shared.config import Job
+from shared.corrections import Correction
 from shared.devices import ahead, compiled, cut, fused, tuned
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
@@ -162,6 +163,7 @@ def train(
     steps: int,
     class_weights: Sequence[float],
     moments: dict[str, Tensor] | None = None,
+    correction: Correction | None = None,
     total: int = 0,
 ) -> Trained:
     """Train ``model`` in place for ``steps`` gradient steps, numbers ``first_step`` onwards of the whole run.
@@ -169,6 +171,7 @@ def train(
     Args:
         site: enters the seeds, so that sites draw independently.
         moments: the optimiser's state from an earlier call, or None to start afresh.
+        correction: what is added to the gradients of each step.
         total: steps of the whole run, over which the learning rate goes; 0 is what the job asks for of this data.
 
     Raises:
@@ -215,6 +218,8 @@ def train(
                         loss = task.step(model, batch, job, class_weights, part.prefix)
                     (loss if count == images else loss * (count / images)).backward(inputs=group["params"])
                     sums[place] += loss.detach() * count  # stays on the device: no wait per step
+                if correction is not None:
+                    correction.adjust(group["params"])
                 optimizer.step()
             seen += images
     optimizer.zero_grad(set_to_none=True)

@@ -94,7 +94,8 @@ def run(
     extra |= {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with _pool(job, workers, devices, per_device, engine, address) as pool:
         nodes = [node_of(folder / "sites", file) for file in files]
-        jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines", store=None)
+        judged = job.replace(**{key: PLAIN[key] for key in _OF_SITES})  # baselines are whole models
+        jury = Run(_grid(pool, nodes, judged, folder, 1), judged, folder / "baselines", store=None)
         if baselines and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
             with _heard(REFERENCE, observe):
@@ -194,12 +195,16 @@ def _federated(grid: LocalGrid) -> Callable[[], object]:
     return lambda: server_app(grid, context)
 
 
-# What merges replies has nothing to do with one site.
+_OF_SITES = ("federation__strategy", "federation__correction", "federation__local", "federation__finetune_steps")
+# What merges replies, or keeps sites apart, has nothing to do with one site.
 PLAIN: dict[str, Scalar] = {
     "federation__strategy": "fedavg",
     "federation__aggregator": "mean",
     "federation__weighting": "examples",
     "federation__order": "parallel",
+    "federation__correction": "none",
+    "federation__local": "nothing",
+    "federation__finetune_steps": 0,
     "federation__server_optimizer": "none",
     "federation__server_learning_rate": 0.0,
     "federation__server_schedule": "constant",

@@ -17,7 +17,13 @@ EXPLAINED = {
     "query": {"metrics": "numbers of training, validation and test images", "facts": "SHA-256 of the job"},
     "query.survey": {"metrics": "histogram of grey values"},
     "train": {"arrays": "trained model's numbers", "metrics": "number of training images; steps"},
+    "train.scaffold": {
+        "arrays": "trained model's numbers",
+        "metrics": "number of training images; steps",
+        "control": "control variate",
+    },
     "evaluate": {"metrics": "sums over them"},
+    "evaluate.personal": {"metrics": "your own model"},
     "train.keys": {"keys": "public keys"},
     "train.shares": {"shares": "sealed shares"},
     "train.masked": {"arrays": "under masks"},
