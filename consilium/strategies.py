@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shared.config import toml_scalar
+from shared.config import knobs, toml_scalar
 from shared.settings import Federation
-from shared.strategies import AGGREGATORS, SERVER_OPTIMIZERS, STRATEGIES
+from shared.strategies import AGGREGATORS, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
 
 
 def lines() -> Iterator[str]:
@@ -30,4 +30,9 @@ def lines() -> Iterator[str]:
     for name, (rate, help_) in SERVER_OPTIMIZERS.items():
         yield f"    {name:17} {help_}" + ("" if name == "none" else f" ({rate:g})")
     yield ""
-    yield "`consilium job --keys` explains every setting; docs/strategies.md says when to use which."
+    for key, choices in {"federation.correction": CORRECTIONS, "federation.local": LOCAL}.items():
+        yield f"{key}: {knobs()[key].metadata['help'].partition(';')[0]}"
+        for name, help_ in choices.items():
+            yield f"    {name:17} {help_}"
+        yield ""
+    yield "`consilium job --keys` explains every setting; docs/strategies.md and docs/personalisation.md say which when."

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.rules import PERCENTS, RULES
-from shared.strategies import AGGREGATORS, SERVER_OPTIMIZERS, STRATEGIES
+from shared.strategies import AGGREGATORS, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
 from shared.tasks import TASKS
 
 # How a folder of images may be laid out; each task reads some of them. "cases" is what a partition writes.
@@ -222,17 +222,15 @@ class Federation:
     codec_keep: float = knob(0.1, "topk: share of the numbers that travel in a round", low=1 / 256, high=1.0)
     correction: str = knob(
         "none",
-        "against sites drifting apart: a pull to the common model (FedProx), control variates (SCAFFOLD), changes "
-        "counted per step (FedNova), or a bent local loss (FedDyn)",
-        choices=("none", "proximal", "scaffold", "fednova", "feddyn"),
+        "what a site's training gets against drifting apart; `consilium strategies` explains each",
+        choices=tuple(CORRECTIONS),
     )
     proximal_mu: float = knob(0.01, "proximal: mu, the strength of the pull", low=0.0, high=1e4)
     feddyn_alpha: float = knob(0.1, "feddyn: alpha, the strength of the pull", low=1e-6, high=1e4)
     local: str = knob(
         "nothing",
-        "what stays at the site: its normalisation layers (FedBN), its head (FedPer), or a personal model beside the "
-        "common one (Ditto)",
-        choices=("nothing", "norm", "head", "ditto"),
+        "what stays at the site; `consilium strategies` explains each",
+        choices=tuple(LOCAL),
     )
     ditto_lambda: float = knob(0.1, "ditto: lambda, how strongly the common model pulls it", low=0.0, high=1e4)
     finetune_steps: int = knob(

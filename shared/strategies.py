@@ -67,6 +67,21 @@ SERVER_OPTIMIZERS: dict[str, tuple[float, str]] = {
     "adagrad": (0.01, "Adagrad: steps shrink with all changes so far"),
 }
 
+CORRECTIONS: dict[str, str] = {
+    "none": "sites follow their own gradients",
+    "proximal": "a pull to the common model (FedProx)",
+    "scaffold": "control variates say how each site drifts, which is taken off",
+    "fednova": "changes are counted per step, where sites take different numbers of them",
+    "feddyn": "each site's loss is bent so that all have one optimum",
+}
+
+LOCAL: dict[str, str] = {
+    "nothing": "one model for all",
+    "norm": "normalisation layers stay at the site (FedBN)",
+    "head": "the head stays at the site (FedPer)",
+    "ditto": "each site trains a model of its own beside the common one",
+}
+
 STRATEGIES: dict[str, dict[str, Value]] = {
     "fedavg": {},
     "fedavgm": {"federation.server_optimizer": "momentum"},
