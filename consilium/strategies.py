@@ -35,4 +35,4 @@ def lines() -> Iterator[str]:
         for name, help_ in choices.items():
             yield f"    {name:17} {help_}"
         yield ""
-    yield "`consilium job --keys` explains every setting; docs/strategies.md and docs/personalisation.md say which when."
+    yield "`consilium job --keys` explains every setting; docs/strategies.md and personalisation.md say which when."
