@@ -13,18 +13,23 @@ from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from client import secure
-from client.counts import require_cells, survey_counts, training_figures
-from client.egress import Asked, Refused, records, release
+from client.counts import require_cells, rows_of, survey_counts, training_figures
+from client.egress import records, release
 from client.egress_log import ASKED
+from client.egress_sums import Asked, Refused
 from client.private_round import train_on_budget
+from client.subgroups import told_groups
 from client.survey import statistics
 from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, run_name, write_log
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal, UserError
+from shared.imaging.dataset import Dataset
 from shared.imaging.errors import explained
 from shared.norms import is_private
+from shared.subgroups import group_sums
 from shared.tasks import load_task
 from shared.training import pick_device
 from shared.training import train as train_locally
@@ -149,7 +154,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     moments = Moments(workspace.home, run_name(context), job)
     held = moments.load(round_) if job.train.keep_optimizer else None
     weights: list[float] = list(config["class-weights"])  # type: ignore[arg-type]
-    epsilon = None
+    epsilon, began = None, time.monotonic()
     if is_private(job):
         examples = float(config.get("examples", 0.0))  # type: ignore[arg-type]
         trained, epsilon = train_on_budget(
@@ -176,7 +181,8 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
         )
     if job.train.keep_optimizer:
         moments.save(round_, trained.moments)
-    metrics = training_figures(workspace.told["train"], job, trained.steps, trained.images, trained.losses, epsilon)
+    facts = (trained.steps, trained.images, trained.losses, epsilon, time.monotonic() - began)
+    metrics = training_figures(workspace.told["train"], job, *facts)
     reply = RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
     return records("train", reply, Asked(job, workspace, message.content))
 
@@ -188,16 +194,34 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _evaluate(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    model, data = _tested(message, job, workspace)
+    if is_private(job):
+        data = replace(data, origin=data)  # no figure is to look at the training images beside the noise
+    sums = load_task(job.task).collect(model, data, job, pick_device(job))
+    return RecordDict({"metrics": MetricRecord(sums)})
+
+
+def _tested(message: Message, job: Job, workspace: Workspace) -> tuple[nn.Module, Dataset]:
+    """The model that is to be tested, on its device, and the images of the split, where figures over them may leave."""
     split = str(message.content["config"]["split"])
     require_cells(workspace.told, split)
     model = open_model(job)
-    device = pick_device(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     if REFERENCE in message.content.array_records:
         reference = message.content.array_records[REFERENCE].to_torch_state_dict()
         model.get_submodule(REFERENCE).load_state_dict(reference)
-    data = workspace.data.subset(split)
-    if is_private(job):
-        data = replace(data, origin=data)  # no figure is to look at the training images beside the noise
-    sums = load_task(job.task).collect(model.to(device), data, job, device)
-    return RecordDict({"metrics": MetricRecord(sums)})
+    return model.to(pick_device(job)), workspace.data.subset(split)
+
+
+@app.evaluate("subgroups")
+def evaluate_subgroups(message: Message, context: Context) -> Message:
+    """The sums of the global model on the test images of each of the job's groups that the site's rules name."""
+    return _answer(message, context, _evaluate_subgroups, "evaluate.subgroups")
+
+
+def _evaluate_subgroups(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    model, data = _tested(message, job, workspace)
+    task, device = load_task(job.task), pick_device(job)
+    groups = told_groups(workspace, job, str(message.content["config"]["split"]))
+    sums = {name: task.collect(model, rows_of(data, rows), job, device) for name, rows in groups.items()}
+    return RecordDict({"metrics": MetricRecord(group_sums(sums))})

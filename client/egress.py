@@ -15,7 +15,6 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,15 +26,13 @@ from torch import Tensor, nn
 from client import egress_log
 from client.counts import survey_counts
 from client.egress_entry import note
-from client.workspace import Workspace, find_sites, open_model, write_log
+from client.egress_sums import Asked, Refused, evaluation_sums, numbers, statistics, subgroup_sums
+from client.workspace import find_sites, open_model, write_log
 from shared import __version__
-from shared.config import Job
 from shared.errors import CODES
-from shared.imaging.dataset import Dataset
 from shared.norms import is_private
 from shared.sitefile import SITE_NAME
-from shared.statistics import template
-from shared.tasks import Sums, load_task
+from shared.tasks import load_task
 from shared.weights import exchanged_names
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
@@ -44,19 +41,6 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 # By name of kind and size, so that neither another byte order nor an object is one of them.
 _FLOATS, _WHOLE = (torch.float16, torch.float32, torch.float64), (torch.uint8, torch.int8, torch.int16, torch.int32)
 _DTYPES = {torch.empty(0, dtype=kind).numpy().dtype: kind for kind in (*_FLOATS, *_WHOLE, torch.int64, torch.bool)}
-
-
-class Refused(Exception):
-    """Something may not leave; ``str`` says what, for the site's own log."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a reply is held against: the job, the site with its rules, and the content of the message it answers."""
-
-    job: Job
-    workspace: Workspace
-    content: RecordDict
 
 
 Check = Callable[[Any, Asked], Record]
@@ -211,8 +195,8 @@ def _training_figures(record: Any, asked: Asked) -> MetricRecord:
     if is_private(job):
         allowed["epsilon"] = -1
     elif told.exact:
-        allowed |= {"images": -1, "loss": -1, "losses": len(load_task(job.task).parts(job))}
-    figures = _numbers(record, allowed)
+        allowed |= {"images": -1, "loss": -1, "seconds": -1, "losses": len(load_task(job.task).parts(job))}
+    figures = numbers(record, allowed)
     if figures.get("num-examples") != told.images:
         raise Refused("num-examples is not the number that this site tells")
     steps = job.train.local_steps
@@ -242,49 +226,6 @@ def _facts(record: Any, asked: Asked) -> ConfigRecord:
     if not isinstance(frozen, str) or not re.fullmatch(r"([0-9a-f]{64})?", frozen):
         raise Refused("facts.frozen is no SHA-256")
     return ConfigRecord({"job": asked.job.sha256, "frozen": frozen})
-
-
-def _evaluation_sums(record: Any, asked: Asked) -> MetricRecord:
-    return _as_template(record, _sums_template(asked.job))
-
-
-def _statistics(record: Any, asked: Asked) -> MetricRecord:
-    return _as_template(record, template(asked.job))
-
-
-@lru_cache(maxsize=8)
-def _sums_template(job: Job) -> Sums:
-    """The names, lengths and kinds of a task's sums, from a data set without images, as the server has them."""
-    model = open_model(job)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    sums: Sums = load_task(job.task).collect(model, Dataset.of(()), job, device)
-    return sums
-
-
-def _as_template(record: Any, template: Sums) -> MetricRecord:
-    sums = _numbers(record, {key: len(value) if isinstance(value, list) else -1 for key, value in template.items()})
-    if set(sums) != set(template):
-        raise Refused("some sums of the list are missing")
-    for key, expected in template.items():
-        if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
-            raise Refused(f"{key} counts, and is not whole")
-        if np.any(np.asarray(sums[key]) < 0):
-            raise Refused(f"{key} is negative")
-    return MetricRecord(sums)
-
-
-def _numbers(record: Any, allowed: Mapping[str, int]) -> Sums:
-    """A record of plain finite numbers, and lists of them, of allowed names and lengths (-1: one number)."""
-    found: Sums = {}
-    for key, value in record.items():
-        values = value if isinstance(value, list) else [value]
-        length = len(value) if isinstance(value, list) else -1
-        if allowed.get(key) != length:
-            raise Refused(f"{key!r} is not on the list, or has another length")
-        if not all(type(item) in (int, float) and math.isfinite(item) for item in values):
-            raise Refused(f"{key} holds what is no finite number")
-        found[key] = list(value) if isinstance(value, list) else value
-    return found
 
 
 def _masked(record: Any, asked: Asked) -> ArrayRecord:
@@ -333,9 +274,10 @@ def _byte_list(name: str, length: int) -> Check:
 
 KINDS: dict[str, dict[str, Check]] = {
     "query": {"metrics": _survey_counts, "facts": _facts},
-    "query.survey": {"metrics": _statistics},
+    "query.survey": {"metrics": statistics},
     "train": {"arrays": _update, "metrics": _training_figures},
-    "evaluate": {"metrics": _evaluation_sums},
+    "evaluate": {"metrics": evaluation_sums},
+    "evaluate.subgroups": {"metrics": subgroup_sums},
     # Secure aggregation: public keys and commitments, sealed and open shares of seeds, see shared.masking.
     "train.keys": {"keys": _bytes(mask=32, seal=32, commitment=32)},
     "train.shares": {"shares": _byte_list("sealed", 60)},

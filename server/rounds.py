@@ -17,20 +17,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from server.admission import Dropped, Place, Update, admit, admit_sums
+from server.admission import Dropped, Place, Update, admit
 from server.algorithm import Algorithm
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
+from server.evaluation import better, evaluate, evaluate_subgroups, kept
 from server.exchange import array_bytes, replies
 from server.roll import call
 from server.secure import SecureRound
-from server.store import Store, read_events, write_pictures, write_text
+from server.store import Store, read_events, write_text
 from shared import __version__
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
-from shared.tasks import TASKS, Sums, add_sums, load_task
+from shared.tasks import TASKS, Sums, load_task
 from shared.training import pick_device
 from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, put
 
@@ -73,6 +74,7 @@ class Run:
         self.parts = [part.prefix.rstrip(".") for part in self.task.parts(job)]
         self.store = Store(folder, store)
         self.moved: dict[str, tuple[int, int]] = {}  # bytes of arrays to and from each site, in this round
+        self.took: dict[str, float] = {}  # seconds from the questions to each site's replies, in this round
         self.model = self.task.build_model(job)
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
@@ -138,7 +140,7 @@ class Run:
         metric = self.job.best_metric
         value = metrics.get(metric, NOTHING).value
         sign = TASKS[self.job.task].metrics[metric]
-        if math.isnan(value) or (not math.isnan(self.best.value) and sign * value <= sign * self.best.value):
+        if not better(value, self.best.value, sign):
             return
         self.best = Best(number, value, arrays)
         self.checkpoint.keep_best(self.best, self._facts(number))
@@ -153,11 +155,14 @@ class Run:
             self.store.add("warning", text="no validation image at any site: the last round is the model that is kept")
             self.best = Best(job.federation.rounds, math.nan, last)
             self.checkpoint.keep_best(self.best, self._facts(job.federation.rounds))
+        self.store.add("kept", round=self.best.round, **kept(self))
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
         self.evaluate(self.best.arrays, self.best.round, "test")
         if not any(place.images["test"] for place in self.places):
             self.store.add("warning", text="no test image at any site: no test figure can be given")
+        elif job.evaluation.subgroups and self.jury is None and not self.is_reference:
+            evaluate_subgroups(self, self.best.arrays, self.best.round)
         return {
             "best_round": self.best.round,
             "seconds": round(seconds, 1),
@@ -179,8 +184,10 @@ class Run:
         places = list(places)
         own = content if callable(content) else lambda _: content
         messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
-        answers = replies(self.grid, messages, self.job.federation.round_timeout)
+        came: list[float] = []
+        answers = replies(self.grid, messages, self.job.federation.round_timeout, came)
         for place, message, reply in zip(places, messages, answers, strict=True):
+            self.took[place.name] = self.took.get(place.name, 0.0) + came[-1]
             down, up = self.moved.get(place.name, (0, 0))
             self.moved[place.name] = down + array_bytes(message), up + array_bytes(reply)
             yield place, reply
@@ -250,7 +257,7 @@ class Run:
             RunFailed: fewer replies than the quorum were in order.
         """
         started = time.monotonic()
-        self.moved = {}
+        self.moved, self.took = {}, {}
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         places = self.sample(number)
@@ -283,7 +290,7 @@ class Run:
         except ValueError:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": dict(self.moved)}
+        facts = {"trained": self._timed(trained), "dropped": dropped, "seconds": seconds, "bytes": dict(self.moved)}
         self.store.add("round", round=number, **facts, **noised)
         self._require(len(trained), dropped, f"in round {number}")
         return merged
@@ -294,42 +301,19 @@ class Run:
         secure = SecureRound(self._exchange, places, arrays, config, self.job, self.parts)
         merged = secure.run()
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": secure.trained, "dropped": secure.dropped, "secure": secure.facts}
+        facts = {"trained": self._timed(secure.trained), "dropped": secure.dropped, "secure": secure.facts}
         self.store.add("round", round=number, **facts, seconds=seconds, bytes=dict(self.moved))
         lost = [*secure.dropped, *secure.facts["silent"]]
         self._require(secure.left, lost, f"in round {number}", secure.needed)
         return merged
 
+    def _timed(self, trained: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a round with the seconds from the question to each site's reply."""
+        return [row | {"seconds": round(self.took[row["site"]], 3)} for row in trained]
+
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": self._config(number, split=split)})
-        if self.reference:
-            content[REFERENCE] = ArrayRecord(self.reference)
-        sums: dict[str, Sums] = {}
-        dropped: list[dict[str, str]] = []
-        asked = [place for place in self.places if place.images[split]]
-        for place, reply in self._exchange(MessageType.EVALUATE, content, asked, number):
-            try:
-                sums[place.name] = admit_sums(reply, self.template, self.task, self.job, place.images[split])
-            except Dropped as reason:
-                dropped.append({"site": place.name, "reason": str(reason)})
-        whole = add_sums([self.template, *sums.values()])
-        metrics = self.task.summarise(whole, self.job)
-        facts: dict[str, Any] = {"round": number, "split": split, "metrics": _rows(metrics), "dropped": dropped}
-        facts["images"] = whole["n"]
-        facts["sites"] = {name: _rows(self.task.summarise(part, self.job)) for name, part in sums.items()}
-        facts["site_images"] = {name: part["n"] for name, part in sums.items()}
-        if split == "test":
-            facts["sums"] = sums
-        if self.heldout is not None:
-            own = self.task.collect(self._model_of(arrays), self.heldout, self.job, self.device)
-            facts["server"] = _rows(self.task.summarise(own, self.job))
-            facts["server_images"] = own["n"]
-        if hasattr(self.task, "show"):
-            pictures = self.task.show(self._model_of(arrays), self.job)
-            facts["pictures"] = write_pictures(self.folder / "pictures", pictures, f"{split}-{number:06}")
-        self.store.add("evaluation", **facts)
-        return metrics  # type: ignore[no-any-return]
+        return evaluate(self, arrays, number, split)
 
 
 def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") -> Arrays:
@@ -344,7 +328,3 @@ def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") 
         run.is_reference = True
         run.run()
     return run.best.arrays
-
-
-def _rows(metrics: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
-    return {name: vars(estimate) for name, estimate in metrics.items()}
