@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs audit clean
 
 # The environment, rebuilt when the project's dependencies change. The CUDA build of torch is large: minutes, once.
 $(VENV)/demo: pyproject.toml constraints.txt
@@ -32,5 +32,16 @@ lint: $(VENV)/test
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.engine
 
+# The documentation as a site that opens without a network: site/index.html.
+docs: $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
+# Asks the public database of advisories about the tested set, and writes what is installed as a CycloneDX bill of materials.
+audit: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[release]'
+	$(BIN)/cyclonedx-py environment --output-file sbom.json $(VENV)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site sbom.json

@@ -179,7 +179,7 @@ def job_from_flat(flat: Mapping[str, Any]) -> Job:
     known = knobs()
     name = flat.get(STRATEGY)
     if isinstance(name, str) and name in STRATEGIES:
-        flat = resolve(name, flat, {key: item.default for key, item in known.items()})
+        flat = resolve(name, flat, {key: cast(Scalar, item.default) for key, item in known.items()})
     tables: dict[str, dict[str, Scalar]] = {name: {} for name in _TABLES}
     top: dict[str, Scalar] = {}
     for key, value in flat.items():
