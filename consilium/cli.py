@@ -82,6 +82,7 @@ def commands() -> None:
 @click.option(
     "--baselines", is_flag=True, help="Also train each site alone and all pooled, with the same gradient steps."
 )
+@click.option("--cross-site", is_flag=True, help="Also train each site alone and test every model at every site.")
 @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
 @click.option("--seed", type=int, help="Shorthand for --set seed=N.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
@@ -94,6 +95,7 @@ def simulate(
     data: Path,
     out: Path | None,
     baselines: bool,
+    cross_site: bool,
     workers: int | None,
     seed: int | None,
     heldout: Path | None,
@@ -110,7 +112,8 @@ def simulate(
     from consilium.notebook import run
     from consilium.tables import print_result
 
-    result = run(loaded, data, out, workers=workers, baselines=baselines, heldout=heldout, store=store)
+    trained = {"baselines": baselines, "cross_site": cross_site}
+    result = run(loaded, data, out, workers=workers, heldout=heldout, store=store, **trained)
     print_result(result)
 
 

@@ -17,6 +17,7 @@ def run(
     *,
     workers: int | None = None,
     baselines: bool = False,
+    cross_site: bool = False,
     heldout: str | Path | None = None,
     progress: bool = True,
     store: str = "",
@@ -24,5 +25,5 @@ def run(
     """Simulate ``job`` on the sites in ``data`` and show progress; see ``simulations.simulate.run``."""
     job = job if isinstance(job, Job) else load_job(job)
     with showing(job, progress) as observe:
-        more = {"workers": workers, "baselines": baselines, "heldout": heldout}
+        more = {"workers": workers, "baselines": baselines, "cross_site": cross_site, "heldout": heldout}
         return simulate.run(job, data, out, **more, observe=observe, store=store)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from flwr.app import Context, RecordDict
 from server.app import app as server_app
 from server.database.engine import open_database
 from server.heldout import load_heldout
+from server.results import cross_site as cross_site_of
 from server.results import run_scores
 from server.rounds import Run, RunFailed, train_reference
 from server.store import Event, fresh_folder, listening, write_json
@@ -41,6 +42,7 @@ def run(
     *,
     workers: int | None = None,
     baselines: bool = False,
+    cross_site: bool = False,
     heldout: str | Path | None = None,
     observe: Observer | None = None,
     store: str = "",
@@ -52,6 +54,7 @@ def run(
         data: a folder of sites; see ``simulations.sites.find_sites`` for what is understood.
         workers: worker processes, one thread each; default one per core. The result does not depend on it.
         baselines: also train each site alone and all sites pooled, with the same total number of gradient steps.
+        cross_site: train each site alone, with the same number of steps, and test each of these models at every site.
         heldout: a site.toml of images the server holds itself.
         observe: called with every event of every run.
         store: the database that shows the run, a path or ``postgresql://…``; default consilium.sqlite beside ``out``.
@@ -77,20 +80,22 @@ def run(
     with WorkerPool("client.app:app", workers) as pool:
         nodes = [node_of(folder / "sites", file) for file in files]
         jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines", store=None)
-        if baselines and hasattr(jury.task, "reference"):
+        if (baselines or cross_site) and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
             with _heard(REFERENCE, observe):
                 jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder, store)
             extra["run.reference"] = str((folder / REFERENCE / "model.safetensors").resolve())
         runs: dict[str, Callable[[], object]] = {FEDERATED: _federated(_grid(pool, nodes, job, folder, 0, extra))}
         others = {}
-        if baselines:
+        if baselines or cross_site:
             with contextlib.suppress(RunFailed):  # too few sites: the federated run will say so
                 jury.survey(fresh=False)
-                others = _baselines(pool, files, jury, store)
+                others = _baselines(pool, files, jury, store, pooled=baselines)
         failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= _collect(folder, others)
+    if cross_site:
+        result["cross_site"] = cross_site_of(result, job.best_metric)
     write_json(folder / "result.json", result)
     from server.card import write_card
     from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
@@ -161,8 +166,8 @@ def _of_one(job: Job) -> dict[str, Scalar]:
     return alone
 
 
-def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run, store: str) -> dict[str, Run]:
-    """A federation of one for each site alone and for all sites pooled.
+def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run, store: str, pooled: bool) -> dict[str, Run]:
+    """A federation of one for each site alone and, if wanted, for all sites pooled.
 
     Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
     augmentation and schedule; each is tested on all sites' test images.
@@ -178,7 +183,7 @@ def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run, store: str) -
     homes = jury.folder
     named = {read_site(file).name: file for file in files}
     runs: dict[str, Run] = {}
-    models = {POOLED: list(named.values())}
+    models = {POOLED: list(named.values())} if pooled else {}
     # No site's name has a blank in it, so that a site called "pooled" is not taken for the pooled baseline.
     models |= {f"only {place.name}": [named[place.name]] for place in jury.places if place.images["train"]}
     for model, chosen in models.items():

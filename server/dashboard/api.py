@@ -118,7 +118,31 @@ def test(request: Request, id: Id) -> Response:
     last = whole[-1]
     rows = {name: rows[-1] for name, rows in read.site_metrics(_db(request), id, "test").items()}
     sites = {name: row for name, row in rows.items() if row["round"] == last["round"]}
-    return _json({key: last[key] for key in ("round", "images", "metrics", "server", "dropped")} | {"sites": sites})
+    found = {key: last[key] for key in ("round", "images", "metrics", "server", "dropped")} | {"sites": sites}
+    point = read.last_facts(_db(request), id, "evaluation", "test").get("operating_point")
+    return _json(found | {"operating_point": point})
+
+
+@router.get("/runs/{id}/subgroups", responses=NOT_FOUND)
+def subgroups(request: Request, id: Id) -> Response:
+    """Test figures by group of patients, as far as sites tell of them: groups by name, and who tells of none; null
+    where the job asked for none."""
+    _run(request, id)
+    found = read.last_facts(_db(request), id, "subgroups")
+    for row in found.get("groups", {}).values():
+        row.pop("sums", None)  # thousands of counts that no page shows
+    return _json(found or None)
+
+
+@router.get("/runs/{id}/cross-site", responses=NOT_FOUND)
+def cross_site(request: Request, id: Id, metric: Metric = "") -> Response:
+    """One metric of each site's own model and of the federated one on every site's test images: {model: {site:
+    figure}}; null where no site's own model was trained."""
+    row = _run(request, id)
+    metric = metric or row["metric"]
+    found = views.cross_site(_db(request), row, metric)
+    words = views.metric_words(row["task"], [metric])[0]
+    return _json(found and {"metric": words, "models": found})
 
 
 @router.get("/runs/{id}/sites", responses=NOT_FOUND)
@@ -184,6 +208,7 @@ def model(request: Request, id: Id) -> Response:
     if path := models.file_of(folder, models.CARD):
         found["card"] = models.card_html(path)
     found["report"] = models.file_of(folder, models.REPORT) is not None
+    found["kept"] = read.last_facts(_db(request), id, "kept") or None
     return _json(found)
 
 

@@ -18,6 +18,7 @@ EXPLAINED = {
     "query.survey": {"metrics": "histogram of grey values"},
     "train": {"arrays": "trained model's numbers", "metrics": "number of training images; steps"},
     "evaluate": {"metrics": "sums over them"},
+    "evaluate.subgroups": {"metrics": "sums over the test images of each group"},
     "train.keys": {"keys": "public keys"},
     "train.shares": {"shares": "sealed shares"},
     "train.masked": {"arrays": "under masks"},

@@ -1,5 +1,5 @@
 // What a run has made: best and last model with their hashes, model card, report.
-import {ask, badge, bytes, facts, fill, h, headline, live, number, withInterval} from './base.js';
+import {ask, badge, bytes, facts, fill, h, headline, live, number, plural, withInterval} from './base.js';
 import {tabs} from './run.js';
 
 export async function show(main, id) {
@@ -12,10 +12,11 @@ export async function show(main, id) {
   live(async () => {
     const [found, model] = await Promise.all([ask(api), ask(api + '/model')]);
     const words = found.metrics.find(one => one.key === found.run.metric) ?? {name: found.run.metric}, run = found.run;
+    const kept = model.kept;
     fill(head, () => facts([['State', badge(run.status)],
       [`Test ${words.name}, all sites`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       ['Kept', run.best_round === null ? '–' : `round ${run.best_round}, ${words.name} ${number(run.best_value, words)} on validation images`],
-      ['Rule', `${words.direction < 0 ? 'smallest' : 'largest'} ${words.name} on validation images; of equals the earlier`]]), run);
+      ['Rule', kept ? `${kept.rule} (${plural(kept.considered.length, 'round')} looked at)` : `${words.direction < 0 ? 'smallest' : 'largest'} ${words.name} on validation images; of equals the earlier`]]), [run, kept]);
     fill(files, () => fileList(model, api), model);
     fill(card, () => {
       if (model.card === null) return h('p', {class: 'note'}, 'This run has no model_card.md.');
