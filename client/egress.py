@@ -206,8 +206,9 @@ def _training_figures(record: Any, asked: Asked) -> MetricRecord:
             raise Refused(f"{name} is no whole number from 0 to {most}")
     if is_private(job) and figures["steps"] != steps:
         raise Refused(f"{figures['steps']} steps instead of the job's {steps}: when to stop would tell of the images")
-    if figures.get("epsilon", 0) < 0:  # type: ignore[operator]
-        raise Refused("epsilon is negative")
+    for name in ("epsilon", "seconds"):
+        if figures.get(name, 0) < 0:  # type: ignore[operator]
+            raise Refused(f"{name} is negative")
     return MetricRecord(figures)
 
 

@@ -15,6 +15,7 @@ from consilium.cli_run import run, server
 from consilium.cli_runs import STORE_HELP, runs
 from consilium.cli_ship import card, export, registry
 from consilium.cli_survey import survey
+from consilium.cli_track import report, track
 from consilium.cli_trained import audit, explain, generate, predict
 from shared import __version__
 from shared.errors import UserError
@@ -164,3 +165,5 @@ commands.add_command(provision)
 site.add_command(site_keygen)
 site.add_command(site_fingerprint)
 commands.add_command(dashboard)
+commands.add_command(track)
+commands.add_command(report)

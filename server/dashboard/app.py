@@ -11,10 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.dashboard import metrics
 from server.dashboard.api import Id, router
 from server.dashboard.federation import FederationView
 from server.dashboard.guard import Access, Guard
@@ -60,6 +61,7 @@ def create_app(store_url: str | Path | URL, access: Access, federation: Path | N
     app.state.sites = Sites(db)
     app.include_router(router)
     _pages(app)
+    _metrics(app)
     app.add_exception_handler(SQLAlchemyError, _unreadable)
     app.add_exception_handler(UserError, _not_so)
     app.add_middleware(Guard, access=access)
@@ -90,6 +92,17 @@ def _pages(app: FastAPI) -> None:
         if found is None or kind is None:
             raise HTTPException(404, "no such file")
         return Response(found.read_bytes(), media_type=kind, headers={"Cache-Control": "no-cache"})
+
+
+def _metrics(app: FastAPI) -> None:
+    @app.get("/metrics", include_in_schema=False)
+    def prometheus() -> Response:
+        """For Prometheus, which sends the token as it is told to."""
+        try:
+            content = metrics.page(app.state.db, app.state.federation)
+        except metrics.Missing as error:
+            return PlainTextResponse(f"{error}\n", 501)
+        return Response(content, media_type=metrics.TYPE)
 
 
 def _plotly(small: bool) -> Response:

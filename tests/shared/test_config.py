@@ -273,7 +273,7 @@ def other(key: str) -> Any:
     if item.metadata["choices"]:
         return next((word for word in item.metadata["choices"] if word != item.default), None)
     special: dict[str, Any] = {"evaluation.best_metric": "loss", "data.channels": 3, "data.classes": "abnormal,normal"}
-    special["privacy.delta"] = 1e-6
+    special |= {"privacy.delta": 1e-6, "evaluation.subgroups": "sex"}
     if key in special:
         return special[key]
     if isinstance(item.default, bool):
