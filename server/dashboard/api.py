@@ -15,6 +15,7 @@ from server.dashboard.federation import FederationView
 from server.dashboard.live import Watcher
 from server.database import read
 from server.record import reason_words
+from server.releases import against_release
 from shared import __version__
 from shared.errors import UserError
 
@@ -209,6 +210,17 @@ def model(request: Request, id: Id) -> Response:
         found["card"] = models.card_html(path)
     found["report"] = models.file_of(folder, models.REPORT) is not None
     found["kept"] = read.last_facts(_db(request), id, "kept") or None
+    return _json(found)
+
+
+@router.get("/runs/{id}/previous", responses=NOT_FOUND)
+def previous(request: Request, id: Id) -> Response:
+    """The model held against the release before it, on the test sums of the sites that tested both; null without a
+    registry, or where there is no other release."""
+    row, folder = _run(request, id), request.app.state.registry
+    found = against_release(_db(request), id, folder) if folder is not None else None
+    if found and found.get("metrics"):
+        found["words"] = views.metric_words(row["task"], found["metrics"])
     return _json(found)
 
 

@@ -22,6 +22,7 @@ from server.dashboard.guard import Access, Guard
 from server.dashboard.live import Watcher
 from server.dashboard.views import Sites
 from server.database.engine import open_database, words
+from server.releases import listed
 from shared import __version__
 from shared.errors import UserError
 
@@ -30,12 +31,17 @@ KINDS = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "ht
 PLOTLY = "plotly.js"
 
 
-def create_app(store_url: str | Path | URL, access: Access, federation: Path | None = None) -> FastAPI:
-    """The dashboard of a store; ``federation`` is a provisioned folder whose server runs on this machine.
+def create_app(
+    store_url: str | Path | URL, access: Access, federation: Path | None = None, registry: Path | None = None
+) -> FastAPI:
+    """The dashboard of a store; ``federation`` is a provisioned folder whose server runs on this machine, ``registry``
+    the folder of releases that models are compared with.
 
     Raises:
-        UserError: the store cannot be opened, or no federation was set up in the folder.
+        UserError: the store cannot be opened, no federation was set up in the folder, or there is no registry.
     """
+    if registry is not None:
+        listed(registry)
     db = open_database(store_url, create=False)
     view = FederationView(federation) if federation is not None else None
     watcher = Watcher(db, view)
@@ -58,7 +64,7 @@ def create_app(store_url: str | Path | URL, access: Access, federation: Path | N
         redoc_url=None,
     )
     app.state.db, app.state.federation, app.state.watcher = db, view, watcher
-    app.state.sites = Sites(db)
+    app.state.sites, app.state.registry = Sites(db), registry
     app.include_router(router)
     _pages(app)
     _metrics(app)
