@@ -27,6 +27,7 @@ class Mlflow:
     def __init__(self, uri: str, experiment: str, folder: Path, row: Row) -> None:
         try:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a hospital's runs are nobody else's business
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
             from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
         except ImportError:

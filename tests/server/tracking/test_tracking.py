@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_is_followed_to_its_end(finished: Path, tmp_path: Pat
 def test_without_a_place_or_a_run_it_says_what_to_do(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--mlflow"):
         CliRunner().invoke(commands, ["track", str(finished)], catch_exceptions=False)
-    with pytest.raises(UserError, match="no run folder|no such folder"):
+    with pytest.raises(UserError, match="no run folder"):
         track(tmp_path, "", lambda row: [TensorBoard(tmp_path, row)], False, print)
 
 
