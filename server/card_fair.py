@@ -7,7 +7,7 @@ from typing import Any
 from server.markdown import listed, plain, table
 from server.operating import FIGURES
 from server.record import Record, value_of
-from server.report_fair import NAMES, SUPPRESSED, estimate, fairness_lines, operating_words
+from server.report_fair import NAMES, SUPPRESSED, estimate, fairness_lines, group_name, operating_words
 from server.wording import metric_name, number
 
 
@@ -34,8 +34,8 @@ def subgroups(record: Record) -> str:
     if not found:
         return f"{text}\n\nFigures of subgroups (sex, age, scanner): the job did not ask for any."
     rows = [
-        [plain(name), f"{row['images']:,}", str(len(row["told_by"])), value_of(row, record.metric)]
-        for name, row in found["groups"].items()
+        [plain(group_name(row)), f"{row['images']:,}", str(len(row["told_by"])), value_of(row, record.metric)]
+        for row in found["groups"].values()
     ]
     if rows:
         head = ["Group", f"Test {record.case}s", "Sites that tell", metric_name(record.metric, True)]

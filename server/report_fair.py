@@ -73,12 +73,17 @@ def fairness(record: Record) -> Markup:
             f"Subgroups: the federated model on test {record.case}s of the sites that tell of them",
             ["Group", f"Test {record.case}s", "Sites", metric_name(metric, True), *_point_heads(found["groups"])],
             [
-                [name, f"{row['images']:,}", len(row["told_by"]), cell(row, metric), *_point_cells(row)]
-                for name, row in found["groups"].items()
+                [group_name(row), f"{row['images']:,}", len(row["told_by"]), cell(row, metric), *_point_cells(row)]
+                for row in found["groups"].values()
             ],
         )
         page += paragraph(SUPPRESSED, "note")
     return Markup(page)
+
+
+def group_name(row: Mapping[str, Any]) -> str:
+    """A group of patients as people read it."""
+    return f"{row['dimension']} {row['label']}"
 
 
 SUPPRESSED = (

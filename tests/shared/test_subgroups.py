@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.config import job_from_flat
@@ -32,6 +32,7 @@ def test_a_patient_is_in_the_group_that_the_value_says(text: str, value: str, la
     assert parse_subgroups(text)[0].label_of(value) == label
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=5, unique=True), st.floats(0, 149))
 def test_bands_of_age_leave_no_gap_and_do_not_overlap(edges: list[int], age: float) -> None:
     [band] = parse_subgroups("age=" + "|".join(map(str, sorted(edges))))

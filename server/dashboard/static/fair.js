@@ -30,7 +30,7 @@ export function showGroups(found, words) {
   if (!rows.length) return [h('p', {class: 'note', id: 'groups'}, 'No site tells figures by group of patients.' + silent)];
   const points = row => Object.values(row.operating_point ?? {})[0];
   return [h('div', {id: 'groups'}, table('Groups of patients on test images of the sites that tell of them; groups that are too small are left out', ['Group', words.name, 'Sensitivity', 'Specificity', 'Images', 'Sites'],
-    rows.map(([name, row]) => [name, withInterval(row.metrics[words.key], words), withInterval(points(row)?.sensitivity), withInterval(points(row)?.specificity),
+    rows.map(([, row]) => [`${row.dimension} ${row.label}`, withInterval(row.metrics[words.key], words), withInterval(points(row)?.sensitivity), withInterval(points(row)?.specificity),
       count(row.images), count(Object.keys(row.sites).length)])),
   h('p', {class: 'note'}, (gaps.length ? `Largest gap between groups: ${gaps.join('; ')}.` : '') + silent))];
 }
