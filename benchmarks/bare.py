@@ -1,81 +1,143 @@
-"""The bare loop that the engine is held against: one process, plain PyTorch, FedAvg by hand, the same gradient steps.
+"""The bare loops that the engine is held against: plain PyTorch, FedAvg by hand, the same gradient steps.
 
-python benchmarks/bare.py SITES_FOLDER ROUNDS STEPS WIDTH
+python -m benchmarks.bare FOLDER OUT [--processes 1|2] [--rounds R]
+
+FOLDER is what ``benchmarks.workloads.write`` wrote. One process, or two that share the weights in memory: nothing is
+checked, logged, kept or able to fail. Network, loss and the order of the images are the product's, the rest is here.
 """
 
 from __future__ import annotations
 
-import csv
-import sys
+import argparse
+import functools
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import nn
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shared.cases import derived_seed
+from shared.config import Job, load_job
+from shared.tasks import load_task
+from shared.training import batch_indices
 
 
-def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of a site, (n, 1, size, size) float32 in [0, 1], and their classes."""
-    with (folder / "labels.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    images = np.stack([np.asarray(Image.open(folder / row["path"]), np.float32) / 255 for row in rows])
-    return torch.from_numpy(images)[:, None], torch.tensor([int(row["label"] == "right") for row in rows])
+@functools.cache
+def images_of(path: Path) -> tuple[Tensor, Tensor]:
+    """Images of a site float32 in [0, 1] (n, channels, size, size), and classes (n,) or masks (n, size, size)."""
+    with np.load(path) as arrays:
+        return torch.from_numpy(arrays["images"]).float() / 255, torch.from_numpy(arrays["targets"]).long()
 
 
-def network(width: int) -> nn.Module:
-    """The product's cnn, written out."""
-    layers: list[nn.Module] = []
-    channels = 1
-    for stage, out in enumerate((width, 2 * width, 4 * width)):
-        for inner in (channels, out):
-            layers += [nn.Conv2d(inner, out, 3, padding=1, bias=False), nn.GroupNorm(np.gcd(8, out), out), nn.ReLU()]
-        if stage < 2:
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))
-        channels = out
+def loss_of(job: Job, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """The product's loss for these tasks."""
+    if job.task == "segmentation":
+        from shared.tasks.segmentation.learning import mask_losses
 
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.features, self.head = nn.Sequential(*layers), nn.Linear(2 * channels, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.features(x)
-            return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))  # type: ignore[no-any-return]
-
-    return Network()
+        return mask_losses(model(images), targets).mean()
+    return nn.functional.cross_entropy(model(images), targets)
 
 
-def main(root: Path, rounds: int, steps: int, width: int, batch: int = 32) -> None:
-    """Train and print the last training loss."""
+def train_site(model: nn.Module, job: Job, path: Path, number: int) -> float:
+    """One round's steps of one site; gives the last loss."""
+    images, targets = images_of(path)
+    rate, momentum = job.train.learning_rate, job.train.momentum
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum, nesterov=True)
+    seed, loss = derived_seed(job.seed, path.stem), torch.zeros(())
+    for step in range((number - 1) * job.train.local_steps, number * job.train.local_steps):
+        chosen = batch_indices(len(images), job.train.batch_size, step, seed)
+        batch = ((images[chosen] - 0.5) / 0.25).to(memory_format=torch.channels_last)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(job, model, batch, targets[chosen])
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def built(job: Job) -> tuple[nn.Module, list[Tensor]]:
+    """The network, in training, and all that is averaged of it: parameters and statistics, but no counter."""
+    model: nn.Module = load_task(job.task).build_model(job).to(memory_format=torch.channels_last).train()
+    return model, [value for value in model.state_dict().values() if value.is_floating_point()]
+
+
+def one(job: Job, sites: list[Path]) -> nn.Module:
+    """All sites one after the other."""
+    model, state = built(job)
+    common, total = [value.clone() for value in state], [torch.zeros_like(value) for value in state]
+    for number in range(1, job.federation.rounds + 1):
+        torch._foreach_zero_(total)
+        for path in sites:
+            torch._foreach_copy_(state, common)
+            train_site(model, job, path, number)
+            torch._foreach_add_(total, state, alpha=1 / len(sites))
+        torch._foreach_copy_(common, total)
+    torch._foreach_copy_(state, common)
+    return model
+
+
+def _worker(job: Job, sites: list[Path], common: list[Tensor], total: list[Tensor], asked, done) -> None:  # type: ignore[no-untyped-def]
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    sites = [load(folder) for folder in sorted(root.iterdir())]
-    model = network(width).to(memory_format=torch.channels_last)
-    weights = [value.clone() for value in model.state_dict().values()]
-    moments: list[dict[str, object] | None] = [None] * len(sites)
-    loss = torch.zeros(())
-    for number in range(rounds):
-        total = [torch.zeros_like(value) for value in weights]
-        for place, (images, classes) in enumerate(sites):
-            torch._foreach_copy_(list(model.state_dict().values()), weights)
-            optimizer = torch.optim.AdamW(model.parameters(), 0.002, weight_decay=0.001)
-            if moments[place]:
-                optimizer.load_state_dict(moments[place])  # type: ignore[arg-type]
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
-            for start in range(0, steps * batch, batch):
-                chosen = order[start % len(order) :][:batch]
-                optimizer.zero_grad(set_to_none=True)
-                shown = ((images[chosen] - 0.5) / 0.25).to(memory_format=torch.channels_last)
-                loss = F.cross_entropy(model(shown), classes[chosen])
-                loss.backward()
-                optimizer.step()
-            moments[place] = optimizer.state_dict()
-            torch._foreach_add_(total, list(model.state_dict().values()), alpha=1 / len(sites))
-        weights = total
-    print(f"loss {loss.item():.6f}")
+    model, state = built(job)
+    while number := asked.get():
+        torch._foreach_zero_(total)
+        for path in sites:
+            torch._foreach_copy_(state, common)
+            train_site(model, job, path, number)
+            torch._foreach_add_(total, state, alpha=1 / job.federation.max_examples)
+        done.put(1)
+
+
+def several(job: Job, sites: list[Path], count: int) -> nn.Module:
+    """Each process has its share of the sites; sums and weights lie in shared memory."""
+    import torch._dynamo
+
+    model, state = built(job)
+    common = [value.clone().share_memory_() for value in state]
+    totals = [[torch.zeros_like(value).share_memory_() for value in state] for _ in range(count)]
+    context = mp.get_context("fork")
+    asked, done = [context.SimpleQueue() for _ in range(count)], context.SimpleQueue()
+    share = job.replace(federation__max_examples=len(sites))  # carries the divisor
+    workers = [
+        context.Process(target=_worker, args=(share, sites[k::count], common, totals[k], asked[k], done), daemon=True)
+        for k in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    for number in range(1, job.federation.rounds + 1):
+        for queue in asked:
+            queue.put(number)
+        for _ in asked:
+            done.get()
+        torch._foreach_copy_(common, totals[0])
+        for total in totals[1:]:
+            torch._foreach_add_(common, total)
+    for queue in asked:
+        queue.put(0)
+    for worker in workers:
+        worker.join()
+    torch._foreach_copy_(state, common)
+    return model
+
+
+def main() -> None:
+    """Train; write the weights to OUT and print how long it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--rounds", type=int)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    job = load_job(given.folder / "job.toml", [f"federation.rounds={given.rounds}"] if given.rounds else [])
+    sites = sorted((given.folder / "arrays").glob("*.npz"))
+    started = time.monotonic()
+    model = one(job, sites) if given.processes == 1 else several(job, sites, given.processes)
+    print(f"{time.monotonic() - started:.2f} s")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, given.out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main()

@@ -1,106 +1,186 @@
-"""Our engine against a bare PyTorch loop that does the same gradient steps: whole processes, run in turn.
+"""Our engine against bare PyTorch loops that do the same gradient steps: whole processes, run in turn.
 
-python -m benchmarks.engine [--runs 5]
+python -m benchmarks.engine [--runs 5] [--workloads w1,w2,w3,w4] [--peers] [--scale] [--write]
+
+a1 is the bare loop in one process, ap in two that share memory; ours has two workers. ``--write`` puts the tables into
+benchmarks/RESULTS.md. ``--peers`` also runs the frameworks of benchmarks/peers that are installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import importlib.metadata
+import os
+import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
-from PIL import Image
+from safetensors.numpy import load_file
+
+from benchmarks.workloads import W4, WORKLOADS, Workload, write
 
 ROOT = Path(__file__).parents[1]
-ROUNDS, STEPS, WIDTH = 20, 2, 19  # 19 channels: 0.10 million parameters
+BEGIN, END = "<!-- engine: written by benchmarks/engine.py -->", "<!-- /engine -->"
+# The most that ours / ap may be in wall, and ours / a1 in CPU seconds.
+TARGETS = {"w1": (1.25, 1.25), "w2": (1.05, 1.0), "w3": (1.20, 1.30), "w4": (1.15, 1.20)}
 
 
-def write_sites(root: Path, sites: int, images: int = 64, size: int = 28) -> Path:
-    """Sites of grey PNG images, two classes."""
-    for place in range(sites):
-        folder = root / f"s{place:03d}"
-        (folder / "images").mkdir(parents=True)
-        generator = np.random.default_rng(place)
-        with (folder / "labels.csv").open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["path", "label", "patient", "split"])
-            for number in range(images):
-                pixels = generator.integers(0, 120, (size, size))
-                pixels[:, slice(0, size // 2) if number % 2 else slice(size // 2, size)] += 20
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{number}.png")
-                rows.writerow([f"images/{number}.png", ("right", "left")[number % 2], f"{place}-{number}", "train"])
-        (folder / "site.toml").write_text(f'name = "{folder.name}"\n[data]\nformat = "csv"\n')
-    return root
+class Cost(NamedTuple):
+    """What a whole process cost with all its children."""
+
+    wall: float
+    cpu: float
+    main_mb: float  # largest resident memory of the process itself
+    all_mb: float  # largest of all together, shared pages counted once
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Wall seconds, peak MB of the main process, peak MB of all its processes with shared pages counted once."""
-    started = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    peaks = [0.0, 0.0]
-    done = threading.Event()
+def measure(command: list[str]) -> Cost:
+    """Run a command to its end.
 
-    def watch() -> None:
-        main = psutil.Process(process.pid)
-        while not done.wait(0.1):
-            try:
-                family = [main, *main.children(recursive=True)]
-                memory = [one.memory_full_info() for one in family]
-            except psutil.Error:
-                continue
-            peaks[0] = max(peaks[0], memory[0].rss / 2**20)
-            peaks[1] = max(peaks[1], sum(one.pss for one in memory) / 2**20)
-
-    watcher = threading.Thread(target=watch)
+    Raises:
+        SystemExit: it failed; with its last words.
+    """
+    env = dict(os.environ, OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", FLWR_TELEMETRY_ENABLED="0")
+    before, started = os.times(), time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peaks, done = [0.0, 0.0], threading.Event()
+    watcher = threading.Thread(target=_watch, args=(process.pid, peaks, done))
     watcher.start()
+    assert process.stderr is not None
+    words = process.stderr.read()
     code = process.wait()
-    wall = time.monotonic() - started
+    wall, after = time.monotonic() - started, os.times()
     done.set()
     watcher.join()
     if code:
-        raise SystemExit(f"{command} ended with {code}")
-    return wall, *peaks  # type: ignore[return-value]
+        raise SystemExit(f"{command} ended with {code}: {words[-2000:].decode(errors='replace')}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Cost(wall, cpu, *peaks)
 
 
-def ours(sites: Path, out: Path, job: Path, workers: int = 2) -> list[str]:
-    """The product's own command."""
-    command = [sys.executable, "-m", "consilium", "simulate", job, "--data", sites, "--out", out, "--workers", workers]
-    return [str(part) for part in command]
+def _watch(pid: int, peaks: list[float], done: threading.Event) -> None:
+    main = psutil.Process(pid)
+    while not done.wait(0.25):
+        try:
+            memory = [one.memory_full_info() for one in [main, *main.children(recursive=True)]]
+        except psutil.Error:
+            continue
+        peaks[0] = max(peaks[0], memory[0].rss / 2**20)
+        peaks[1] = max(peaks[1], sum(one.pss for one in memory) / 2**20)
+
+
+def command(system: str, folder: Path, out: Path) -> list[str]:
+    """How a system is run on a workload."""
+    modules = {"a1": "bare", "ap": "bare", "ours": "product", "flower": "peers.flower"}
+    more = {"a1": ["--processes", "1"], "ap": ["--processes", "2"], "ours": ["--workers", "2"], "flower": []}
+    return [sys.executable, "-m", f"benchmarks.{modules[system]}", str(folder), str(out), *more[system]]
+
+
+def difference(folder: Path, bare: Path) -> float:
+    """Largest difference of a parameter from the bare loop's, by how far that parameter's tensor reaches."""
+    mine, theirs = load_file(folder / "last.safetensors"), load_file(bare)
+    floats = [name for name in mine if mine[name].dtype.kind == "f" and "running_" not in name]
+    return max(float(np.abs(mine[n] - theirs[n]).max() / (np.abs(theirs[n]).max() + 1e-12)) for n in floats)
+
+
+def compare(workload: Workload, systems: list[str], runs: int, work: Path) -> dict[str, list[Cost]]:
+    """Each system's costs, run by run in turn, the order reversed every second time."""
+    folder = write(workload, work / workload.name)
+    costs: dict[str, list[Cost]] = {system: [] for system in systems}
+    for number in range(runs):
+        for system in systems[:: -1 if number % 2 else 1]:
+            out = work / f"{workload.name}-{system}-out"
+            shutil.rmtree(out, ignore_errors=True)
+            out.unlink(missing_ok=True) if out.is_file() else None
+            costs[system].append(cost := measure(command(system, folder, out)))
+            print(f"{workload.name} run {number + 1} {system}: {cost.wall:.1f} s, {cost.cpu:.1f} CPU s", flush=True)
+    apart = difference(work / f"{workload.name}-ours-out", work / f"{workload.name}-ap-out")
+    print(f"{workload.name}: parameters differ from the bare loop's by at most {apart:.1e}", flush=True)
+    return costs
+
+
+def ratio(above: list[float], below: list[float]) -> str:
+    """Median and range of the ratios of runs that stood side by side."""
+    found = [a / b for a, b in zip(above, below, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def table(results: dict[str, dict[str, list[Cost]]]) -> list[str]:
+    """The comparison as Markdown."""
+    lines = [
+        "| workload | system | wall, s | CPU, s | all memory, MB | wall / ap | CPU / a1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, costs in results.items():
+        for system, runs in costs.items():
+            wall, cpu, memory = (
+                statistics.median(getattr(run, key) for run in runs) for key in ("wall", "cpu", "all_mb")
+            )
+            by_wall = ratio([run.wall for run in runs], [run.wall for run in costs["ap"]])
+            by_cpu = ratio([run.cpu for run in runs], [run.cpu for run in costs["a1"]])
+            lines.append(f"| {name} | {system} | {wall:.1f} | {cpu:.1f} | {memory:.0f} | {by_wall} | {by_cpu} |")
+        lines.append(f"| {name} | asked for | | | | {TARGETS[name][0]} | {TARGETS[name][1]} |")
+    return lines
+
+
+def scale(counts: list[int], work: Path) -> list[str]:
+    """Time and server memory by the number of sites, and how well a line fits the times."""
+    seconds, lines = [], ["| sites | wall, s | CPU, s | server process, MB | all memory, MB |", "|---|---|---|---|---|"]
+    for count in counts:
+        folder = write(replace(W4, name=f"s{count}", sites=count, rounds=2), work / f"s{count}")
+        cost = measure(command("ours", folder, work / f"s{count}-out"))
+        seconds.append(cost.cpu)
+        lines.append(f"| {count} | {cost.wall:.1f} | {cost.cpu:.1f} | {cost.main_mb:.0f} | {cost.all_mb:.0f} |")
+        print(lines[-1], flush=True)
+    fit = np.polyfit(counts, seconds, 1)
+    left = np.square(np.polyval(fit, counts) - seconds).sum() / np.square(seconds - np.mean(seconds)).sum()
+    lines.append("")
+    lines.append(f"CPU seconds = {fit[1]:.1f} + {fit[0] * 1000:.1f} per thousand sites, R² = {1 - left:.4f}.")
+    return lines
+
+
+def machine() -> str:
+    """Where and with what."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "flwr", "numpy"))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return (
+        f"{time.strftime('%d %B %Y')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"{versions}; load when it began {load:.1f}."
+    )
 
 
 def main() -> None:
-    """Print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
+    parser.add_argument("--workloads", default="w1,w2,w3,w4")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    head, systems = machine(), ["a1", "ap", "ours", *(["flower"] if given.peers else [])]
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        job = work / "bench.toml"
-        job.write_text(
-            'name = "bench"\n[data]\nclasses = "left,right"\nsize = 28\n[model]\nwidth = 19\n[train]\nlocal_steps = 2\n'
-            "[federation]\nrounds = 20\n[evaluation]\nevery = 20\n"
-        )
-        eight, many = write_sites(work / "8", 8), write_sites(work / "64", 64)
-        bare = [sys.executable, str(ROOT / "benchmarks" / "bare.py"), str(eight), str(ROUNDS), str(STEPS), str(WIDTH)]
-        ratios, walls = [], []
-        for number in range(runs):
-            theirs = measure(bare)[0]
-            mine = measure(ours(eight, work / f"o{number}", job))[0]
-            walls.append((mine, theirs))
-            ratios.append(mine / theirs)
-            print(f"run {number + 1}: ours {mine:.1f} s, bare {theirs:.1f} s, ratio {mine / theirs:.2f}", flush=True)
-        print(f"wall, ours / bare: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        small, large = measure(ours(eight, work / "m8", job)), measure(ours(many, work / "m64", job))
-        print(f"peak of the server process: {small[1]:.0f} MB at 8 sites, {large[1]:.0f} MB at 64")
-        print(f"peak of all processes:      {small[2]:.0f} MB at 8 sites, {large[2]:.0f} MB at 64")
+        chosen = [WORKLOADS[one] for one in given.workloads.split(",") if one]
+        results = {one.name: compare(one, systems, given.runs, Path(name)) for one in chosen}
+        lines = [head, "", f"Medians of {given.runs} runs in turn; ratios with their range.", "", *table(results)]
+        if given.scale:
+            lines += ["", "Sites of 16 images, two rounds:", "", *scale([100, 300, 1000], Path(name))]
+    print("\n".join(lines))
+    if given.write:
+        path = Path(__file__).with_name("RESULTS.md")
+        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        path.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -31,7 +33,7 @@ from tests.e2e.live import Live
 # A process is the first of these whose words are in its command line.
 ROLES = {
     "server app": "flwr-serverapp",
-    "SuperLink": "flower-superlink",
+    "SuperLink": "server.superlink",
     "executor": "flower-superexec",
     "gateway": "nginx",
     "SuperNode": "client.supernode",
@@ -76,11 +78,11 @@ class Watch:
         self.thread.join()
 
 
-def at_work(live: Live) -> dict[int, float]:
-    """Seconds that the slowest site worked on a round's training, by its own log."""
+def at_work(live: Live, after: Mapping[str, int] = MappingProxyType({})) -> dict[int, float]:
+    """Seconds that the slowest site worked on a round's training, by its own log; ``after`` so many lines of a site."""
     found: dict[int, float] = defaultdict(float)
-    for folder in live.sites.values():
-        lines = (folder / "site.log").read_text().splitlines()
+    for name, folder in live.sites.items():
+        lines = (folder / "site.log").read_text().splitlines()[after.get(name, 0) :]
         for came, done in pairwise(lines):
             asked, took = re.search(r"round (\d+): train", came), re.search(r"done in ([\d.]+) s", done)
             if asked and took:
@@ -92,7 +94,7 @@ def measure(live: Live, job: Path, rounds: int) -> list[dict[str, float]]:
     """A line for each round: its seconds, those of the slowest site's work, and the peaks and least in MiB."""
     with Watch(live) as watch:
         name = live.submit(job)
-        live.follow(name, timeout=3600)
+        live.follow(name)
     lines, begin = [], 0.0
     work = at_work(live)
     for event in live.events(name, "round"):

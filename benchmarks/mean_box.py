@@ -13,37 +13,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from shared.config import Job, load_job
-from shared.imaging.dataset import Dataset, load_dataset
+from shared.config import load_job
+from shared.imaging.dataset import load_dataset
 from shared.samples import read_samples
 from shared.sitefile import read_site
-from shared.tasks import Sums, add_sums, load_task
-from shared.tasks.detection.data import truth
-from shared.tasks.detection.metrics import Tally, summarise
+from shared.tasks import add_sums, load_task
+from shared.tasks.detection.metrics import summarise
 from simulations.sites import find_sites
+from simulations.trivial import box_sums, mean_boxes
 
 SHOWN = ("map50", "map75", "map", "sensitivity_1fp")
-
-
-def mean_boxes(data: list[Dataset], job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """Mean training box (k, 4) of each class that has one, and the classes."""
-    found = [truth(part, i, job) for part in data for i in range(len(part))]
-    boxes = np.concatenate([item.boxes for item in found])
-    classes = np.concatenate([item.classes for item in found])
-    kinds = np.unique(classes)
-    return np.stack([boxes[classes == k].mean(0) for k in kinds]), kinds
-
-
-def sums(data: Dataset, job: Job, boxes: np.ndarray, classes: np.ndarray) -> Sums:
-    """What ``collect`` gives of a network."""
-    tally, generator = Tally(len(job.classes)), np.random.default_rng(0)
-    for i in range(len(data)):
-        own = truth(data, i, job)
-        scores = np.full(len(boxes), generator.random())
-        tally.add(data.samples[i].id, own.boxes, own.classes, boxes, classes, scores)
-    return tally.sums()
 
 
 def main(job_file: str, data: str) -> None:
@@ -54,7 +33,7 @@ def main(job_file: str, data: str) -> None:
         sites = {site.name: site for site in map(read_site, find_sites(Path(data), job, Path(folder)))}
         decoded = {name: load_dataset(read_samples(site, job), site, job) for name, site in sites.items()}
         constant = mean_boxes([one.subset("train") for one in decoded.values()], job)
-        found = {name: sums(one.subset("test"), job, *constant) for name, one in decoded.items()}
+        found = {name: box_sums(one.subset("test"), job, *constant) for name, one in decoded.items()}
     print(f"{'site':<36}{'n':>5}" + "".join(f"{name:>17}" for name in SHOWN))
     for name, one in (found | {"all": add_sums(found.values())}).items():
         metrics = summarise(one, job)

@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 
-from benchmarks.engine import write_sites
+from benchmarks.workloads import write_sites
 from client import app as site
 from client import secure
 from client.workspace import Workspace

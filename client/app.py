@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from client import secure
+from client import lazy, secure
 from client.counts import require_cells, rows_of, survey_counts, training_figures
 from client.egress import records, release
 from client.egress_log import ASKED
@@ -29,14 +29,26 @@ from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.imaging.errors import explained
 from shared.norms import is_private
+from shared.packing import pack, unpack
 from shared.subgroups import group_sums
 from shared.tasks import load_task
 from shared.training import pick_device
 from shared.training import train as train_locally
 from shared.weights import REFERENCE, exchanged, frozen_digest, put
 
-app = ClientApp()
 Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
+
+
+def as_asked(message: Message, context: Context, answer: Callable[[Message, Context], Message]) -> Message:
+    """Who asks with packed arrays gets packed ones: what passes the gate below is plain either way."""
+    message.content, packed = unpack(message.content)
+    reply = answer(message, context)
+    if packed and reply.has_content():
+        reply.content = pack(reply.content)
+    return reply
+
+
+app = ClientApp(mods=[as_asked])
 
 
 def _answer(message: Message, context: Context, answer: Answer, kind: str = "") -> Message:
@@ -141,12 +153,17 @@ def _train_plain(message: Message, context: Context, job: Job, workspace: Worksp
 # Secure aggregation: the same training, but the model leaves masked.
 app.train("keys")(lambda message, context: _answer(message, context, secure.keys))
 app.train("shares")(lambda message, context: _answer(message, context, secure.shares))
-app.train("masked")(lambda message, context: _answer(message, context, secure.masked(_train)))
+app.train("masked")(lambda message, context: _answer(message, context, secure.masked(_train_in_plain_form)))
 app.train("unmask")(lambda message, context: _answer(message, context, secure.unmask))
 
 
+def _train_in_plain_form(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    """The model after a round as the gate would let it out in plain: of what is masked the gate sees nothing later."""
+    return records("train", _train(message, context, job, workspace), Asked(job, workspace, message.content))
+
+
 def _train(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
-    """The model after a round and its figures, as the gate lets them out in plain: also what is masked passes it."""
+    """The model after a round and its figures."""
     config = message.content["config"]
     round_ = _round(message)
     model = open_model(job)
@@ -183,8 +200,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
         moments.save(round_, trained.moments)
     facts = (trained.steps, trained.images, trained.losses, epsilon, time.monotonic() - began)
     metrics = training_figures(workspace.told["train"], job, *facts)
-    reply = RecordDict({"arrays": ArrayRecord(exchanged(model, job)), "metrics": MetricRecord(metrics)})
-    return records("train", reply, Asked(job, workspace, message.content))
+    return RecordDict({"arrays": lazy.record_of(exchanged(model, job)), "metrics": MetricRecord(metrics)})
 
 
 @app.evaluate()

@@ -14,6 +14,7 @@ from shared.errors import SiteRefusal, UserError
 from shared.imaging.errors import UnreadableImage, explained
 from shared.imaging.nifti import is_nifti_name
 from shared.imaging.read import is_image_name, read_image
+from shared.imaging.scale import with_scale
 from shared.imaging.video import is_video_name
 from shared.imaging.volumes import read_stack
 from shared.samples import read_samples
@@ -113,6 +114,7 @@ def _labelled(report: Report, site: SiteData, job: Job) -> None:
     report.labels = True
     try:
         samples = read_samples(site, job)
+        site = with_scale(samples, site, job)
         task = load_task(job.task)
         good = _read_all(report, samples, lambda sample: task.decode(sample, site, job))
     except SiteRefusal as refusal:

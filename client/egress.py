@@ -11,11 +11,9 @@ The gate knows the site's rules and the job, and trusts nothing that the rest of
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from client import egress_log
+from client import egress_log, lazy
 from client.counts import survey_counts
 from client.egress_entry import note
 from client.egress_sums import Asked, Refused, evaluation_sums, numbers, statistics, subgroup_sums
@@ -172,21 +170,16 @@ def _update(record: Any, asked: Asked) -> ArrayRecord:
 
 def _opened(array: Array) -> tuple[np.ndarray, Array]:
     """The numbers of an array, and an array made of them alone: as it comes it may hold other words and more bytes."""
+    numbers = lazy.numbers_of(array)
+    if type(numbers) is lazy.Kept:  # not written out yet, and nobody can write to it: shared with the new array
+        return numbers.frozen(), lazy.array_of(lazy.Kept(numbers.frozen()))
     dtype, shape = np.dtype(array.dtype), tuple(array.shape)
-    head = _header(dtype.str, shape)
+    head = lazy.header(dtype.str, shape)
     if array.data.startswith(head) and len(array.data) == len(head) + dtype.itemsize * math.prod(shape):
         values = np.frombuffer(array.data, dtype, offset=len(head)).reshape(shape)
         return values, Array(str(values.dtype), values.shape, "numpy.ndarray", array.data)  # the bytes are not copied
     values = np.ascontiguousarray(array.numpy())
     return values, Array(values)
-
-
-@lru_cache(maxsize=4096)
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What ``np.save`` writes before the numbers."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
 
 
 def _training_figures(record: Any, asked: Asked) -> MetricRecord:

@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from client import egress_log
+from client import egress_log, lazy
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
@@ -88,12 +88,12 @@ def _what(value: object) -> str:
     return {int: "count", float: "number"}.get(type(value), "word")
 
 
-def _pieces(record: Record) -> Iterator[bytes]:
+def _pieces(record: Record) -> Iterator[bytes | memoryview]:
     """What the SHA-256 and the bytes are of: names and bytes of arrays; of other records JSON with sorted keys,
     bytes in it as hexadecimal digits."""
     if isinstance(record, ArrayRecord):
         for name, array in record.items():
             yield name.encode()
-            yield array.data
+            yield from lazy.pieces(array)
     else:
         yield json.dumps(dict(record), sort_keys=True, default=bytes.hex).encode()

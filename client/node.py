@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from client.policy import read_policy
-from client.workspace import write_log
+from client.sitelog import write_log
 from shared.config import read_toml
 from shared.errors import UserError
 from shared.sitefile import OWN_FOLDER, Connection, read_connection, read_site

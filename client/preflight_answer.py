@@ -161,7 +161,7 @@ def versions(facts: dict[str, Any]) -> Finding:
             f"the server runs flwr {their_flower}, this site {flower}",
             f"install flwr {wanted} here (pip install 'flwr=={wanted}.*'), or tell the coordinator",
         )
-    return ok(title, f"consilium {theirs} and flwr {their_flower} there, {flower} here")
+    return ok(title, f"consilium {theirs} on both sides; flwr {flower} here, {their_flower} there")
 
 
 def names_of(found: x509.Certificate) -> list[str]:

@@ -10,7 +10,8 @@ from shared.cases import SPLITS
 from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.dataset import Column, Dataset
-from shared.statistics import GREY_BINS, PATIENT_BINS, template
+from shared.imaging.harmonise import skewness
+from shared.statistics import GREY_BINS, PATIENT_BINS, has_colour, template
 from shared.tasks import Sums
 
 _LARGEST = 65535  # of a grey value as it is kept, see shared.imaging.dataset.to_uint16
@@ -26,12 +27,13 @@ def statistics(workspace: Workspace, job: Job) -> Sums:
         raise SiteRefusal("dp-required", "require_dp, but a survey's figures are exact")
     sums = template(job)
     for split in SPLITS:
-        found = _split(workspace.data.subset(split), workspace.told[split], workspace.policy.min_cell)
+        told = workspace.told[split]
+        found = _split(workspace.data.subset(split), told, workspace.policy.min_cell, has_colour(job))
         sums |= {f"{name}-{split}": value for name, value in found.items()}
     return sums
 
 
-def _split(data: Dataset, told: Told, least: int) -> Sums:
+def _split(data: Dataset, told: Told, least: int, colour: bool) -> Sums:
     found: Sums = {"images": told.images, "classes": told.classes}
     if not told.rows:  # nothing there, too few, or a number declared in their place
         return found
@@ -39,7 +41,10 @@ def _split(data: Dataset, told: Told, least: int) -> Sums:
     place = int(np.searchsorted(PATIENT_BINS, patients, side="right")) - 1
     found["patients"] = [int(number == place) for number in range(len(PATIENT_BINS))]
     column = data.columns.get("image", data.columns.get("frames"))  # signals have no grey values
-    return found | (_grey(column, told.rows, least) if column is not None else {})
+    if column is None:
+        return found
+    looks = _looks(column, told.rows, least, colour)
+    return found | _grey(column, told.rows, least) | looks | {"spacing": _spacing(data, told.rows, least)}
 
 
 def _grey(column: Column, rows: list[int], least: int) -> Sums:
@@ -57,3 +62,43 @@ def _grey(column: Column, rows: list[int], least: int) -> Sums:
         "sum": total / _LARGEST,
         "squares": squares / _LARGEST**2,
     }
+
+
+def _looks(column: Column, rows: list[int], least: int, colour: bool) -> Sums:
+    """By which sites are told apart: sums over images, each of which counts the same."""
+    dark, means, sds, hues = 0, [], [], []
+    for row in rows:
+        picture = _without_bars(np.asarray(column[row])) / _LARGEST
+        dark += skewness(picture) < 0
+        means.append(float(picture.mean()))
+        sds.append(float(picture.std()))
+        if colour:
+            mean = picture.mean((*range(picture.ndim - 3), -2, -1))
+            hues.append(mean[:2] / mean.sum() if mean.any() else np.full(2, 1 / 3))
+    if 0 < dark < least:
+        dark = 0
+    elif 0 < len(rows) - dark < least:  # else it would tell of so few bright ones
+        dark = len(rows)
+    found: Sums = {"dark": dark, "means": sum(means), "means2": float(np.square(means).sum()), "sds": sum(sds)}
+    if colour:
+        found |= {"hues": np.sum(hues, 0).tolist(), "hues2": np.square(hues).sum(0).tolist()}
+    return found
+
+
+def _without_bars(raw: np.ndarray) -> np.ndarray:
+    """The image (…, height, width) without the black rows and columns at its edges; all of one that is black."""
+    bright = raw.reshape(-1, *raw.shape[-2:]).any(0)
+    if not bright.any():
+        return raw
+    top, bottom, left, right = (edge for axis in (1, 0) for edge in np.flatnonzero(bright.any(axis))[[0, -1]])
+    return raw[..., top : bottom + 1, left : right + 1]
+
+
+def _spacing(data: Dataset, rows: list[int], least: int) -> list[float]:
+    """How many images tell how large a pixel is, the sum in mm (the mean of rows and columns), the sum of squares."""
+    column = data.columns.get("spacing")
+    found = [] if column is None else [float(np.mean(column[row][-2:])) for row in rows]
+    known = [mm for mm in found if mm > 0]
+    if len(known) < least:
+        return [0.0, 0.0, 0.0]
+    return [float(len(known)), sum(known), float(np.square(known).sum())]

@@ -44,7 +44,7 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from client.app import app, decline
 from client.bundles import Bundles
-from client.workspace import write_log
+from client.sitelog import write_log
 from shared.bundle import release
 from shared.errors import SiteRefusal
 

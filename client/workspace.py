@@ -10,7 +10,6 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from client.counts import Told, tell
 from client.policy import Policy, read_policy, require, together
+from client.sitelog import write_log as write_log
 from shared.config import Job, Scalar
 from shared.errors import SiteRefusal
 from shared.imaging.dataset import Dataset, concatenate, load_dataset
@@ -38,13 +38,6 @@ class Workspace:
     policy: Policy
     told: dict[str, Told]
     files: tuple[Path, ...] = ()  # the site.toml of every site whose images these are
-
-
-def write_log(home: Path, text: str) -> None:
-    """Append a line to the site's own log, which never leaves the site."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "site.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
 
 
 def find_sites(node: dict[str, Scalar], run: dict[str, Scalar]) -> tuple[str, Path, list[Path]]:
@@ -92,7 +85,7 @@ def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) ->
     return Workspace(name, home, *_open_data(stamps, str(home), job), tuple(files))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> tuple[Dataset, Policy, dict[str, Told]]:
     """The images of all the site files, once every one's rules grant the job; how they may be told of."""
     paths = [Path(file) for file, _ in files]

@@ -14,6 +14,7 @@ from consilium.cli_log import site_log
 from consilium.cli_run import run, server
 from consilium.cli_runs import STORE_HELP, runs
 from consilium.cli_ship import card, export, registry
+from consilium.cli_study import study
 from consilium.cli_survey import survey
 from consilium.cli_track import report, track
 from consilium.cli_trained import audit, explain, generate, predict
@@ -53,6 +54,7 @@ def commands() -> None:
       consilium cohort make demo/cohort
       consilium survey JOB.toml --data demo/cohort
       consilium simulate JOB.toml --data demo/cohort --baselines
+      consilium study STUDY.toml --data demo/cohort
     \b
     Coordinator of a real federation:
       consilium provision federation.toml --out DIR
@@ -85,6 +87,10 @@ def commands() -> None:
 )
 @click.option("--cross-site", is_flag=True, help="Also train each site alone and test every model at every site.")
 @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
+@click.option("--devices", default="", metavar="LIST", help="Where they compute: cpu, or a list such as cuda:0,cuda:1.")
+@click.option("--per-device", type=click.IntRange(1), help="How many workers share a GPU.  [default: 1]")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="ray: workers on a Ray cluster.")
+@click.option("--address", default="", help="With --engine ray: the cluster's address, or auto.  [default: Ray here]")
 @click.option("--seed", type=int, help="Shorthand for --set seed=N.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
 @click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)
@@ -98,6 +104,10 @@ def simulate(
     baselines: bool,
     cross_site: bool,
     workers: int | None,
+    devices: str,
+    per_device: int | None,
+    engine: str,
+    address: str,
     seed: int | None,
     heldout: Path | None,
     store: str,
@@ -113,8 +123,20 @@ def simulate(
     from consilium.notebook import run
     from consilium.tables import print_result
 
-    trained = {"baselines": baselines, "cross_site": cross_site}
-    result = run(loaded, data, out, workers=workers, heldout=heldout, store=store, **trained)
+    result = run(
+        loaded,
+        data,
+        out,
+        workers=workers,
+        baselines=baselines,
+        cross_site=cross_site,
+        heldout=heldout,
+        store=store,
+        devices=devices,
+        per_device=per_device,
+        engine=engine,
+        address=address,
+    )
     print_result(result)
 
 
@@ -150,6 +172,7 @@ def models(task: str) -> None:
 commands.add_command(cohort)
 commands.add_command(site)
 commands.add_command(survey)
+commands.add_command(study)
 commands.add_command(server)
 commands.add_command(run)
 commands.add_command(runs)

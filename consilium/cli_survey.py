@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def survey(job: Path, data: Path, out: Path | None, workers: int, settings: tuple[str, ...]) -> None:
     """Ask every site how many images of which class it has, of about how many patients, and how grey they are.
 
-    Each site answers within its own rules: small counts are 0, and a site may decline, which is said. Exit code 1 if
-    none answers.
+    Each site answers within its own rules: small counts are 0, and a site may decline, which is said. A site whose
+    images look unlike the others' is named, with the setting that helps (docs/harmonisation.md). Exit code 1 if none
+    answers.
     """
     from shared.config import load_job
 
@@ -79,6 +80,8 @@ def _print(found: Survey, job: Job) -> None:
             console.print(f"  {site:<20} {_bars(whole)}", highlight=False, markup=False, soft_wrap=True)
         note = "grey values from 0 to 1 as the network gets them, padding included; counts a site holds back are 0"
         console.print(note, highlight=False, soft_wrap=True)
+    for line in _warnings(found, job):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     from server.record import reason_words
 
     for name, reason in found.dropped:
@@ -87,12 +90,25 @@ def _print(found: Survey, job: Job) -> None:
         )
 
 
+def _warnings(found: Survey, job: Job) -> list[str]:
+    """Who looks unlike the others and what to set; where grey values differ, a scale for Nyúl's rule, too."""
+    from server.likeness import landmarks, unlike
+
+    items = unlike(found.sites, job)
+    lines = [f"ATTENTION {item}" for item in items]
+    if any("zscore" in item.setting for item in items):
+        scale = landmarks(_together(found))
+        lines.append(f'for data.harmonise = "nyul", of the grey values of all: data.landmarks = "{scale}"')
+    return lines
+
+
 def _bars(histogram: list[int]) -> str:
     """A histogram as a row of bars, the highest full."""
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * height // max(max(histogram), 1))] for height in histogram)
 
 
 def _write(found: Survey, job: Job, out: Path) -> None:
+    from server.likeness import unlike
     from server.store import write_json
     from shared import __version__
     from shared.errors import UserError
@@ -100,6 +116,7 @@ def _write(found: Survey, job: Job, out: Path) -> None:
     dropped = [{"site": name, "reason": reason} for name, reason in found.dropped]
     content: dict[str, object] = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256}
     content |= {"sites": found.sites, "together": _together(found), "dropped": dropped}
+    content["unlike"] = [item._asdict() for item in unlike(found.sites, job)]
     try:
         write_json(out, content)
     except OSError as error:

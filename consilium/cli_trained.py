@@ -12,15 +12,21 @@ _weights = click.option(
     "--weights", default="best", show_default=True, help="best: the round best in validation; last: the last one."
 )
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+_own = click.option(
+    "--site",
+    type=Path,
+    help="The hospital's site.toml; asked for only where the job's data.harmonise has a rule of the site.",
+)
 
 
 @click.command(short_help="Predict images with the model of a run.")
 @_run
 @click.argument("path", type=Path)
 @click.option("--out", type=Path, required=True, help="New or empty folder for the predictions.")
+@_own
 @_weights
 @_device
-def predict(run: Path, path: Path, out: Path, weights: str, device: str) -> None:
+def predict(run: Path, path: Path, out: Path, site: Path | None, weights: str, device: str) -> None:
     """Predict the image PATH, or every image in the folder PATH, with the model of the run folder RUN.
 
     Labels are written as CSV, boxes as COCO json, masks as PNG, NIfTI or, of DICOM images, DICOM SEG. What cannot be
@@ -31,7 +37,7 @@ def predict(run: Path, path: Path, out: Path, weights: str, device: str) -> None
     from shared.imaging.errors import explained
 
     with counting("predicting") as progress:
-        done = predict_all(run, path, out, weights, device, progress)
+        done = predict_all(run, path, out, weights, device, progress, site)
     for item in done.unreadable:
         folder = path if path.is_dir() else path.parent
         click.echo(f"cannot be read: {explained(item.path, item.code, item.detail, folder)}")
@@ -64,16 +70,19 @@ def generate(run: Path, count: int, out: Path, seed: int, weights: str, device: 
 @click.option("--method", default="", help="gradcam, integrated-gradients or occlusion.  [default: gradcam]")
 @click.option("--class", "name", default="", help="The class asked about.  [default: the likeliest]")
 @click.option("--out", type=Path, required=True, help="A PNG file, or a folder for one.")
+@_own
 @_weights
 @_device
-def explain(run: Path, image: Path, method: str, name: str, out: Path, weights: str, device: str) -> None:
+def explain(
+    run: Path, image: Path, method: str, name: str, out: Path, site: Path | None, weights: str, device: str
+) -> None:
     """Draw what the answer of the model in the run folder RUN depends on in one image, or the boxes it finds there.
 
     Orange speaks for the class, blue against it. It shows what the score depends on, not whether that is right.
     """
     from consilium.explain import explain as draw
 
-    drawn = draw(run, image, out, method, name, weights, device)
+    drawn = draw(run, image, out, method, name, weights, device, site)
     for line in drawn.caption:
         click.echo(line)
     click.echo(drawn.file)

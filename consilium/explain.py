@@ -36,12 +36,13 @@ def explain(
     name: str = "",
     weights: str = "best",
     device: str = "auto",
+    own: Path | None = None,
 ) -> Explained:
     """Write a picture of why the model of ``run`` says what it says of ``image``.
 
     Classifiers and segmenters: what the score of class ``name``, or of the likeliest, depends on, by ``method``, one of
     METHODS; if none is named Grad-CAM, or integrated gradients where no layer gives maps. Detectors: the boxes found.
-    ``out`` is a PNG file, or a folder for one.
+    ``out`` is a PNG file, or a folder for one. ``own``: see ``consilium.predict.find_cases``.
 
     Raises:
         UserError: no run, an image that cannot be read, a class or method there is not.
@@ -49,7 +50,7 @@ def explain(
     if method and method not in METHODS:
         raise UserError(f"--method {method}: must be one of {', '.join(METHODS)}{nearest(method, METHODS)}")
     trained = open_run(run, weights, device)
-    data = decode_one(trained, image)
+    data = decode_one(trained, image, own)
     caption = [f"{image.name}: {trained.job.model.name} of the job {trained.job.name}"]
     if hasattr(trained.task, "explainable"):
         sheet, label = _attributed(trained, data, method, name, caption)
@@ -64,13 +65,13 @@ def explain(
     return Explained(file, tuple(caption))
 
 
-def decode_one(trained: TrainedModel, image: Path) -> Dataset:
+def decode_one(trained: TrainedModel, image: Path, own: Path | None = None) -> Dataset:
     """The one case in a file or folder, as the model sees it; of a film in which each frame is one, the middle frame.
 
     Raises:
         UserError: it cannot be read, and why; or there are several.
     """
-    site, samples = find_cases(trained, image)
+    site, samples = find_cases(trained, image, own)
     paths = {sample.path for sample in samples}
     if len(paths) > 1:
         raise UserError(f"{image}: holds {len(paths)} cases; name one of them")

@@ -21,9 +21,26 @@ def run(
     heldout: str | Path | None = None,
     progress: bool = True,
     store: str = "",
+    devices: str = "",
+    per_device: int | None = None,
+    engine: str = "local",
+    address: str = "",
 ) -> Result:
     """Simulate ``job`` on the sites in ``data`` and show progress; see ``simulations.simulate.run``."""
     job = job if isinstance(job, Job) else load_job(job)
     with showing(job, progress) as observe:
-        more = {"workers": workers, "baselines": baselines, "cross_site": cross_site, "heldout": heldout}
-        return simulate.run(job, data, out, **more, observe=observe, store=store)  # type: ignore[arg-type]
+        return simulate.run(
+            job,
+            data,
+            out,
+            workers=workers,
+            baselines=baselines,
+            cross_site=cross_site,
+            heldout=heldout,
+            observe=observe,
+            store=store,
+            devices=devices,
+            per_device=per_device,
+            engine=engine,
+            address=address,
+        )

@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 from consilium.trained import TrainedModel, facts_of, open_run
 from server.store import fresh_folder, write_json
 from shared.cases import Sample, SiteData
+from shared.config import Job
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Skipped, load_dataset
-from shared.samples import find_images
+from shared.imaging.harmonise import Ends
+from shared.imaging.scale import with_scale
+from shared.rules import site_rule
+from shared.samples import find_images, read_samples
+from shared.sitefile import read_site
 
 AT_ONCE = 64  # cases decoded before the model sees them: so little disk and memory is needed, however many there are
 MARK = "prediction.json"
@@ -37,8 +42,11 @@ def predict(
     weights: str = "best",
     device: str = "auto",
     progress: Progress | None = None,
+    own: Path | None = None,
 ) -> Predicted:
     """Predict every case in ``path``, a file or a folder; the files appear in ``out`` all at once, or not at all.
+
+    ``own`` is the site.toml of the hospital the images are from, where ``data.harmonise`` has a rule of the site.
 
     ``prediction.json`` beside them says which model it was, of which job, and what could not be read.
 
@@ -46,7 +54,7 @@ def predict(
         UserError: no run, nothing there, or no place to write; one line.
     """
     trained = open_run(run, weights, device)
-    site, samples = find_cases(trained, path)
+    site, samples = find_cases(trained, path, own)
     with filled_whole(out, MARK, "predictions") as work:
         unreadable: list[Skipped] = []
         site = dataclasses.replace(site, cache=work / ".cache")
@@ -59,11 +67,13 @@ def predict(
     return result
 
 
-def find_cases(trained: TrainedModel, path: Path) -> tuple[SiteData, list[Sample]]:
+def find_cases(trained: TrainedModel, path: Path, own: Path | None = None) -> tuple[SiteData, list[Sample]]:
     """The cases in a file or a folder, without labels, and the site they would be.
 
+    ``own``: the site.toml of the hospital whose images they are, for a rule of ``data.harmonise`` that needs its scale.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none; or ``own`` is needed or of no use.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -73,7 +83,27 @@ def find_cases(trained: TrainedModel, path: Path) -> tuple[SiteData, list[Sample
         raise UserError(str(refusal)) from None
     if not samples:
         raise UserError(f"{path}: no image was found here")
-    return SiteData("predict", path if path.is_dir() else path.parent, max_unreadable=1.0), samples
+    folder = path if path.is_dir() else path.parent
+    return SiteData("predict", folder, max_unreadable=1.0, scale=_scale(trained.job, own)), samples
+
+
+def _scale(job: Job, own: Path | None) -> Ends | None:
+    """The scale of the hospital whose images are asked about, from its training images."""
+    rule = site_rule(job.data.harmonise)
+    if not rule:
+        if own:
+            raise UserError(f"--site {own}: the model needs nothing of a hospital; leave it out")
+        return None
+    if not own:
+        raise UserError(
+            f"the model was trained with data.harmonise = {job.data.harmonise!r}: {rule} needs the scale of the "
+            "hospital the images are from; name its site.toml with --site"
+        )
+    try:
+        site = read_site(own)
+        return with_scale(read_samples(site, job), site, job).scale
+    except SiteRefusal as refusal:
+        raise UserError(f"--site {own}: {refusal}") from None
 
 
 def _predictions(

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid import http_grid
 
-POLLS = 0.2, 3.0  # seconds between questions for replies: at first, and at most
+from shared.packing import pack, unpack
+
+POLLS = 0.2, 3.0  # seconds between questions for replies: at least and at most
+SHARE = 0.05  # of the time since the last news, between the two
+IDLE = 4.0  # times as long as a question took, so that asking never keeps a busy server from its work
+AHEAD = 4  # replies in memory while one before them is waited for; the others wait at the server's SuperLink
+# A reply is there before its parts are. Flower looks for a part again after 1, 2, 4, 8 and 10 s, and has no setting.
+_soon = partial(pull_objects, initial_backoff=0.1, backoff_cap=1.0, max_tries_per_object=None)
 
 
 def replies(
@@ -20,32 +32,64 @@ def replies(
     other is asked for what is there again and again, and put in order here: sums of floats depend on it. ``came`` gets,
     before a reply is handed out, the seconds from the call until it was there.
     """
-    asked, came = time.time(), [] if came is None else came
+    began, came = time.time(), [] if came is None else came
     yields = grid.send_and_receive(messages, timeout=timeout) if hasattr(grid, "in_order") else None
     if yields is not None:
         ordered = iter(yields)
         for _ in messages:
             reply = next(ordered, None)
-            came.append(_made_after(reply, asked))
+            came.append(_made_after(reply, began))
             yield reply
         return
     deadline = time.monotonic() + timeout
-    names = list(grid.push_messages(messages)) if messages else []
-    missing, here, times = {name for name in names if name}, {}, {}
-    wait = POLLS[0]
-    for name in [*names, *[""] * (len(messages) - len(names))]:
-        while name in missing:
-            news = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(missing)}
-            here.update(news)
-            times.update(dict.fromkeys(news, time.time() - asked))
-            missing -= news.keys()
-            if name in missing:
-                if time.monotonic() >= deadline:
+    if between_machines := isinstance(grid, http_grid.HttpGrid):
+        http_grid.pull_objects = _soon  # type: ignore[attr-defined]
+    names = list(grid.push_messages(_packed(messages) if between_machines else messages)) if messages else []
+    here: dict[str, Message] = {}
+    times: dict[str, float] = {}
+    heard = time.monotonic()
+    for place, name in enumerate([*names, *[""] * (len(messages) - len(names))]):
+        while name and name not in here:
+            asked = time.monotonic()
+            wanted = [other for other in names[place : place + 1 + AHEAD] if other and other not in here]
+            news = _collect(grid, wanted, here)
+            now = time.monotonic()
+            heard = now if news else heard
+            times = dict.fromkeys(here, time.time() - began) | times
+            if name not in here:
+                if now >= deadline:
                     break
-                wait = POLLS[0] if news else min(wait * 1.5, POLLS[1])
-                time.sleep(min(wait, max(0.0, deadline - time.monotonic())))
-        came.append(times.get(name, time.time() - asked))
+                wait = min(max(SHARE * (now - heard), IDLE * (now - asked), POLLS[0]), POLLS[1])
+                time.sleep(min(wait, max(0.0, deadline - now)))
+        came.append(times.pop(name, time.time() - began))
         yield here.pop(name, None)
+
+
+def _collect(grid: Grid, names: list[str], here: dict[str, Message]) -> bool:
+    """Put those replies that are there ``here``; whether any was."""
+    found = list(grid.pull_messages(names))
+    here.update((reply.metadata.reply_to_message_id, _plain(reply)) for reply in found)
+    return bool(found)
+
+
+def _packed(messages: Sequence[Message]) -> list[Message]:
+    """Copies of the messages with their arrays packed; what several share is packed once."""
+    contents: dict[int, RecordDict] = {}
+    copies = []
+    for message in messages:
+        if id(message.content) not in contents:
+            contents[id(message.content)] = pack(message.content)
+        copies.append(copy.copy(message))
+        copies[-1].content = contents[id(message.content)]
+    return copies
+
+
+def _plain(reply: Message) -> Message:
+    """The reply as its site meant it. One whose packing is not in order stays as it is, and is not admitted later."""
+    if reply.has_content():
+        with suppress(ValueError):
+            reply.content, _ = unpack(reply.content)
+    return reply
 
 
 def _made_after(reply: Message | None, asked: float) -> float:

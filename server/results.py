@@ -11,6 +11,7 @@ from server.spent import privacy_spent
 from server.store import Event, read_events
 from server.timing import split_time, total_time
 from shared.config import Job, load_job
+from shared.intervals import Estimate
 from shared.tasks import Sums, add_sums
 from shared.tasks.classification.calibration import figures
 from shared.tasks.classification.metrics import histograms
@@ -89,6 +90,11 @@ def cross_site(scores: Mapping[str, Any], metric: str) -> Scores:
         for model, own in models.items()
     }
     return {"metric": metric, "sites": sites, "models": cells}
+
+
+def scores_of(metrics: Mapping[str, Estimate], images: int) -> Scores:
+    """The same form from metrics that were computed here and now."""
+    return _scores({name: vars(estimate) for name, estimate in metrics.items()}, images)
 
 
 def _calibration(sites: Mapping[str, Sums], job: Job) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from shared.errors import UserError
 from shared.supervise import PASSES_ON, Child, own_environment, supervise
 
 LOOK = 10.0  # seconds between looks at how long the certificate is valid
+LOOKS_OFTEN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.4"}  # seconds until a run that was submitted is taken up
 SUPERLINK, EXECUTOR, GATEWAY = "superlink", "executor", "gateway"
 
 
@@ -94,7 +96,17 @@ def _children(folder: Folder, port: int, health: dict[str, int]) -> list[Child]:
     env = own_environment(FLWR_HOME=str(folder.state / "flower"))
     address, secret = f"127.0.0.1:{port}", str(folder.superexec_secret)
     superlink = [
-        *("flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
+        *(
+            sys.executable,
+            "-m",
+            "server.superlink",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--isolation",
+            "process",
+        ),
         *("--ssl-certfile", str(folder.server_cert), "--ssl-keyfile", str(folder.server_key)),
         *("--ssl-ca-certfile", str(folder.ca_cert), "--enable-supernode-auth"),
         *("--database", str(folder.state / "superlink.db"), "--superexec-auth-secret-file", secret),
@@ -106,7 +118,7 @@ def _children(folder: Folder, port: int, health: dict[str, int]) -> list[Child]:
     ]
     return [
         Child(SUPERLINK, superlink, folder.state / "superlink.log", env | PASSES_ON),
-        Child(EXECUTOR, executor, folder.state / "executor.log", env),
+        Child(EXECUTOR, executor, folder.state / "executor.log", env | LOOKS_OFTEN),
         Child(GATEWAY, command(folder), folder.gateway / "gateway.log", env),
     ]
 

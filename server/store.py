@@ -97,14 +97,14 @@ def write_model(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, st
 
     The facts stand as JSON under the one key ``consilium``: safetensors writes several keys in an order of its own.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(dict(arrays), metadata={"consilium": json.dumps(facts, sort_keys=True)}))
-            file.flush()
+        os.close(handle)
+        save_file(dict(arrays), name, metadata={"consilium": json.dumps(facts, sort_keys=True)})
+        with open(name, "r+b") as file:  # what was written above is another file under this name
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)

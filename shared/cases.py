@@ -30,6 +30,7 @@ class SiteData:
     label_map: Mapping[str, str] = field(default_factory=dict)
     max_unreadable: float = 0.05
     cache: Path | None = None
+    scale: tuple[float, float] | None = None  # see shared.imaging.scale; it stays at the site
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
+from shared.rules import check_rules
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
 from shared.strategies import STRATEGIES, resolve
 from shared.subgroups import parse_subgroups
@@ -219,6 +220,8 @@ def _check_together(job: Job) -> None:
         raise UserError("evaluation.subgroups: invented images have no patients; leave it out")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
+    data = job.data
+    check_rules(data.harmonise, data.landmarks, data.channels, data.spacing, job.task, bool(job.modalities))
     _check_privacy(job)
     if job.privacy.secure_aggregation:
         _check_secure(job)

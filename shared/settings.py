@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shared.rules import PERCENTS, RULES
 from shared.strategies import STRATEGIES
 from shared.tasks import TASKS
 
@@ -43,7 +44,11 @@ class Data:
     )
     depth: int = knob(32, "segmentation in 3D: slices of a patch", low=4, high=1024)
     spacing: float = knob(
-        0.0, "segmentation: resample to so many mm per pixel or voxel; 0 leaves images as they are", low=0.0, high=100.0
+        0.0,
+        "resample to so many mm per pixel or voxel; of pictures the middle size x size is taken, if they are no "
+        "patches; 0 leaves images as they are",
+        low=0.0,
+        high=100.0,
     )
     window: str = knob("", "grey values from black to white as 'low high' (CT: '-160 240'); '' is the file's own range")
     masks: str = knob(
@@ -71,8 +76,11 @@ class Data:
     )
     harmonise: str = knob(
         "none",
-        "a rule each site applies to its own images: polarity turns dark-on-bright into bright-on-dark",
-        choices=("none", "polarity"),
+        "rules each site applies to its own images, alone and in order, comma-separated: none, or some of "
+        f"{', '.join(RULES)}; see docs/harmonisation.md",
+    )
+    landmarks: str = knob(
+        "", f"nyul: the grey values, 0 to 1, that the percentiles {' '.join(map(str, PERCENTS))} of an image become"
     )
     max_per_class: int = knob(
         0, "at most so many images per class and site for training, and for validation; 0 is no limit", low=0

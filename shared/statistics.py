@@ -21,13 +21,28 @@ def template(job: Job) -> Sums:
     For each split ``images-…``; ``classes-…`` as the task counts them; ``patients-…``, a one in the bin of
     PATIENT_BINS; of the decoded grey values, as the network gets them before it is normalised, ``grey-…``, the
     histogram, ``values-…``, how many there are, their ``sum-…`` and the sum of their ``squares-…``.
+
+    Sums over images, by which sites are told apart: ``dark-…``, how many show dark on bright (skewed to the dark side,
+    see ``shared.imaging.harmonise``); of the mean grey value of each image ``means-…`` and the squares ``means2-…``; of
+    its standard deviation ``sds-…``. Black bars that fitting added count for none. Of colour pictures ``hues-…`` and
+    ``hues2-…``, the same of the shares that red and green have in the image's mean colour. ``spacing-…`` is of the
+    images that tell how large a pixel is: how many, the sum in mm, the sum of squares.
     """
     counted = len(load_task(job.task).count_classes(Dataset.of(()), job))
     sums: Sums = {}
     for split in SPLITS:
         sums |= {f"images-{split}": 0, f"classes-{split}": [0] * counted, f"patients-{split}": [0] * len(PATIENT_BINS)}
         sums |= {f"grey-{split}": [0] * GREY_BINS, f"values-{split}": 0, f"sum-{split}": 0.0, f"squares-{split}": 0.0}
+        sums |= {f"dark-{split}": 0, f"means-{split}": 0.0, f"means2-{split}": 0.0, f"sds-{split}": 0.0}
+        if has_colour(job):
+            sums |= {f"hues-{split}": [0.0] * 2, f"hues2-{split}": [0.0] * 2}
+        sums |= {f"spacing-{split}": [0.0] * 3}
     return sums
+
+
+def has_colour(job: Job) -> bool:
+    """Whether the job's images are red, green and blue."""
+    return job.data.channels == 3 and not job.modalities
 
 
 class Split(NamedTuple):

@@ -1,18 +1,19 @@
-"""A Flower ``Grid`` on this machine: unmodified ServerApps and ClientApps, the clients in persistent worker processes.
+"""A Flower ``Grid`` without a network: unmodified ServerApps and ClientApps, the clients in persistent workers.
 
-No server process, no polling, no network. Replies are handed out in the order of the messages, each as soon as it and
-all before it are there; only a few messages more than there are workers are in flight. So sums do not depend on who
-was faster, and memory does not grow with the number of sites.
+The workers are processes of this machine, or actors of a Ray cluster; there is no server process, no polling. Replies
+are handed out in the order of the messages, each as soon as it and all before it are there; only a few messages more
+than there are workers are in flight. So sums do not depend on who was faster, and memory does not grow with the number
+of sites.
 """
 
 from __future__ import annotations
 
 import itertools
-import pickle
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -22,6 +23,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from shared.config import Scalar
 from simulations.pool import Outcome, WorkerDied, WorkerPool
+
+if TYPE_CHECKING:  # Ray takes a second to import, and few need it
+    from simulations.ray_pool import RayPool
 
 RUN_ID = 1
 _serial = itertools.count(1)  # message ids, unique in this process
@@ -38,7 +42,7 @@ class LocalGrid(Grid):
 
     def __init__(
         self,
-        pool: WorkerPool,
+        pool: WorkerPool | RayPool,
         nodes: Sequence[Mapping[str, Scalar]],
         run_config: Mapping[str, Scalar],
         priority: int = 0,
@@ -110,14 +114,15 @@ class LocalGrid(Grid):
         return item
 
     def _submit_all(self, messages: Iterable[Message]) -> Iterator[tuple[Message, Future[Outcome]]]:
-        """Submit one message for each ``next``; a content shared by several messages is pickled once."""
-        shared: tuple[RecordDict | None, bytes] = (None, b"")
+        """Submit one message for each ``next``; a content shared by several messages is packed once."""
+        content: RecordDict | None = None
+        packed: Any = None
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"local-{next(_serial)}"
-            if shared[0] is not message.content:
-                shared = (message.content, pickle.dumps(message.content, pickle.HIGHEST_PROTOCOL))
+            if packed is None or content is not message.content:
+                content, packed = message.content, self._pool.pack(message.content)
             context = self._contexts[message.metadata.dst_node_id]
-            yield message, self._pool.submit(message, context, shared[1], self._priority)
+            yield message, self._pool.submit(message, context, packed, self._priority)
 
     def _reply(self, message: Message, future: Future[Outcome], timeout: float | None) -> Message:
         try:

@@ -2,31 +2,33 @@
 
 The processes are forked from a parent that has imported everything, so they start at once and share its memory. Each
 computes with one thread: then a site's result does not depend on how many workers there are, and they do not fight for
-cores. A worker that dies fails the one message it worked on and is replaced.
+cores. Models lie in shared memory, see ``simulations.segments``: one copy of what is sent for all workers, replies are
+read where they were written. A worker that dies fails the one message it worked on and is replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
-import importlib
 import itertools
 import multiprocessing
 import os
-import pickle
-import signal
 import threading
-import traceback
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
+from multiprocessing.reduction import send_handle
 from typing import Any
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
+
+from client import lazy
+from simulations.segments import Lease, Segment, Segments, Source, pack, unpack
+from simulations.worker import Order, load, work
 
 Outcome = tuple[Message, RecordDict]
 
@@ -35,40 +37,57 @@ class WorkerDied(Exception):
     """The process that worked on a message is gone, killed or out of memory."""
 
 
+@dataclass(frozen=True)
+class Content:
+    """What messages carry, packed once for all that carry the same."""
+
+    body: bytes
+    size: int
+    lease: Lease | None
+
+
 @dataclass(order=True)
 class Task:
-    """A message on its way: ``content`` is pickled once for all messages that share it."""
+    """A message on its way, and where its reply may be put."""
 
     priority: tuple[int, int]
     message: Message = field(compare=False)
     context: Context = field(compare=False)
-    content: bytes = field(compare=False)
+    content: Content = field(compare=False)
     future: Future[Outcome] = field(compare=False, default_factory=Future)
+    reply: Lease | None = field(compare=False, default=None)
 
 
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    device: str
     task: Task | None = None
+    known: dict[int, Segment] = field(default_factory=dict)  # segments whose descriptors it has
 
 
 class WorkerPool:
-    """``workers`` processes that run ``app``, a ClientApp or its name as ``module:attribute``; a context manager."""
+    """``workers`` processes that run ``app``, a ClientApp or its name as ``module:attribute``; a context manager.
 
-    def __init__(self, app: ClientApp | str, workers: int, threads: int = 1) -> None:
+    ``devices`` names a device for each worker, see ``simulations.devices``; without it the job's choice holds.
+    """
+
+    def __init__(self, app: ClientApp | str, workers: int, threads: int = 1, devices: Sequence[str] = ()) -> None:
         self._app, self._threads = app, threads
-        _load(app)  # now, so that forked workers find everything imported
+        load(app)  # now, so that forked workers find everything imported
+        lazy.install()
         self._queue: list[Task] = []
         self._order = itertools.count()
         self._lock = threading.Lock()
         self._closing = False
+        self._segments = Segments()
         self._wake_in, self._wake_out = multiprocessing.Pipe(duplex=False)
         import torch._dynamo  # noqa: F401  the first optimiser step imports it (1 s): once here, not in every worker
 
         self._workers: list[_Worker] = []
-        for _ in range(workers):
-            self._workers.append(self._start())
+        for number in range(workers):
+            self._workers.append(self._start(devices[number % len(devices)] if devices else ""))
         self._thread = threading.Thread(target=self._serve, name="worker-pool", daemon=True)
         self._thread.start()
 
@@ -83,7 +102,13 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, message: Message, context: Context, content: bytes, priority: int = 0) -> Future[Outcome]:
+    def pack(self, content: RecordDict) -> Content:
+        """Make ready to send; its arrays are written to shared memory, once."""
+        lease = self._segments.take()
+        body, size = pack(content, lease.segment if lease else None)
+        return Content(body, size, lease if size else None)
+
+    def submit(self, message: Message, context: Context, content: Content, priority: int = 0) -> Future[Outcome]:
         """Queue a message; lower ``priority`` goes first, equal ones in the order of submission.
 
         The future gives the reply and the node's state after it, or raises WorkerDied.
@@ -128,31 +153,52 @@ class WorkerPool:
             worker.pipe.close()
         self._wake_in.close()
         self._wake_out.close()
+        self._segments.close()
         for task in queued:
             _fail(task)
 
-    # ------------------------------------------------------------------ the parent's side
+    # ------------------------------------------------------------------
 
-    def _start(self) -> _Worker:
+    def _start(self, device: str) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
         forkable = hasattr(os, "fork") and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         # A CUDA context does not survive a fork; a spawned worker imports the app by name instead.
         context: Any = multiprocessing.get_context("fork" if forkable else "spawn")
         inherited = [ours, *(worker.pipe for worker in self._workers)] if forkable else []
-        process = context.Process(target=_work, args=(theirs, inherited, self._app, self._threads), daemon=True)
+        args = theirs, inherited, self._segments if forkable else None, self._app, self._threads, device
+        process = context.Process(target=work, args=args, daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, device)
 
     def _dispatch(self) -> None:
         for worker in self._workers:
             if worker.task is None and self._queue:
                 worker.task = task = heapq.heappop(self._queue)
-                try:
-                    worker.pipe.send((task.message.metadata, task.context))
-                    worker.pipe.send_bytes(task.content)
-                except OSError:
-                    pass  # it died just now: _serve sees the end of its pipe and fails the task
+                task.reply = self._segments.take()
+                with contextlib.suppress(OSError):  # it died just now: _serve sees the end of its pipe
+                    self._send(worker, task)
+
+    def _send(self, worker: _Worker, task: Task) -> None:
+        used = {lease.segment.number: lease.segment for lease in (task.content.lease, task.reply) if lease}
+        gone = tuple(number for number, segment in worker.known.items() if segment.fd < 0)
+        for number in gone:
+            del worker.known[number]
+        news = tuple(used.keys() - worker.known.keys())
+        order = Order(
+            metadata=task.message.metadata,
+            context=task.context,
+            content=task.content.lease.segment.number if task.content.lease else 0,
+            size=task.content.size,
+            reply=task.reply.segment.number if task.reply else 0,
+            news=news,
+            gone=gone,
+        )
+        worker.pipe.send(order)
+        for number in news:
+            send_handle(worker.pipe, used[number].fd, worker.process.pid)
+        worker.known.update(used)
+        worker.pipe.send_bytes(task.content.body)
 
     def _serve(self) -> None:
         while True:
@@ -165,70 +211,30 @@ class WorkerPool:
                 self._receive(pipes[pipe])  # type: ignore[index]
 
     def _receive(self, worker: _Worker) -> None:
+        size, held, body = 0, False, None
         try:
-            body: bytes | None = worker.pipe.recv_bytes()
+            size, held = worker.pipe.recv()
+            body = worker.pipe.recv_bytes()
         except (EOFError, OSError):
-            body = None
+            pass
         with self._lock:
             task, worker.task = worker.task, None
+            if held and task is not None and task.content.lease is not None:
+                task.content.lease.segment.dirty = True
             if body is None:
                 worker.pipe.close()
                 worker.process.join()
-                self._workers[self._workers.index(worker)] = self._start()
+                if not self._closing:
+                    self._workers[self._workers.index(worker)] = self._start(worker.device)
             self._dispatch()
         if task is None:
             return
         if body is None:
             _fail(task)
         elif task.future.set_running_or_notify_cancel():
-            task.future.set_result(pickle.loads(body))
+            task.future.set_result(unpack(body, Source(task.reply, size) if task.reply and size else None))
 
 
 def _fail(task: Task) -> None:
     if task.future.set_running_or_notify_cancel():
         task.future.set_exception(WorkerDied())
-
-
-# ---------------------------------------------------------------------- the worker's side
-
-
-def _load(app: ClientApp | str) -> ClientApp:
-    if not isinstance(app, str):
-        return app
-    module, _, name = app.partition(":")
-    loaded: ClientApp = getattr(importlib.import_module(module), name)
-    return loaded
-
-
-def _work(pipe: Connection, inherited: list[Connection], app: ClientApp | str, threads: int) -> None:
-    """Answer messages until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us by the pipe
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in inherited:  # the parent's ends: held open here, a dead parent would never be noticed
-        other.close()
-    torch.set_num_threads(threads)
-    client_app = _load(app)
-    while True:
-        try:
-            metadata, context = pipe.recv()
-            content = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):
-            return
-        message = Message(content, metadata=metadata)  # type: ignore[call-overload]
-        outcome = (_call(client_app, message, context), context.state)
-        try:
-            pipe.send_bytes(pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL))
-        except OSError:
-            return
-
-
-def _call(app: ClientApp, message: Message, context: Context) -> Message:
-    try:
-        return app(message, context)
-    except Exception as error:
-        home = context.node_config.get("home")
-        if home:
-            Path(str(home)).mkdir(parents=True, exist_ok=True)
-            with (Path(str(home)) / "site.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(traceback.format_exc())
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)

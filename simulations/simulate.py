@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import Context, RecordDict
@@ -26,10 +25,14 @@ from shared.errors import UserError
 from shared.sitefile import read_site
 from shared.tasks import load_task
 from shared.weights import REFERENCE
+from simulations.devices import cores, places
 from simulations.engine import RUN_ID, LocalGrid
 from simulations.pool import WorkerPool
 from simulations.result import Result
 from simulations.sites import find_sites
+
+if TYPE_CHECKING:  # Ray takes a second to import, and few need it
+    from simulations.ray_pool import RayPool
 
 Observer = Callable[[str, Event], None]  # hears (name of the run, event)
 FEDERATED, POOLED = "federated", "pooled"
@@ -46,18 +49,34 @@ def run(
     heldout: str | Path | None = None,
     observe: Observer | None = None,
     store: str = "",
+    devices: str = "",
+    per_device: int | None = None,
+    engine: str = "local",
+    address: str = "",
+    federated: bool = True,
+    pages: bool = True,
+    cache: Path | None = None,
 ) -> Result:
     """Simulate ``job`` on the sites found in ``data``; everything is written to ``out`` (default ``runs/NAME``).
 
     Args:
         job: a job, or the path of its TOML file.
         data: a folder of sites; see ``simulations.sites.find_sites`` for what is understood.
-        workers: worker processes, one thread each; default one per core. The result does not depend on it.
+        workers: worker processes, one thread each; default one per core, of the cluster with ``engine="ray"``, or
+            one per place on ``devices``. The result does not depend on it.
         baselines: also train each site alone and all sites pooled, with the same total number of gradient steps.
         cross_site: train each site alone, with the same number of steps, and test each of these models at every site.
         heldout: a site.toml of images the server holds itself.
         observe: called with every event of every run.
         store: the database that shows the run, a path or ``postgresql://…``; default consilium.sqlite beside ``out``.
+        devices: where the workers compute if the job's ``train.device`` is ``auto``: ``cpu`` or ``cuda:0,cuda:1``.
+        per_device: how many workers share a device.
+        engine: ``local``, or ``ray`` for actors of the Ray cluster at ``address`` (``auto``: this machine's; "": Ray
+            is started here). The cluster's machines must see ``data`` and ``out`` under the same paths.
+        federated: False trains the baselines alone; ``result.json`` then holds these only, and there are no pages.
+        pages: write the report and the model card.
+        cache: where decoded images are kept, for runs that share them; default with the site. A site that has a
+            site.toml of its own keeps them where that says.
 
     Raises:
         UserError: bad input, in one line.
@@ -70,14 +89,13 @@ def run(
     folder = _fresh_folder(
         Path(out) if out else Path("runs") / (re.sub(r"[^\w.-]+", "-", job.name).strip(".-") or "job")
     )
-    files = find_sites(Path(data), job, folder)
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    files = find_sites(Path(data), job, folder, cache)
     torch.set_num_threads(1)  # the parent aggregates while the workers train
     if heldout:
         load_heldout(Path(heldout), job)  # a fault of these images shows now, not after the training
     extra: dict[str, Scalar] = {"run.store": store}
     extra |= {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
-    with WorkerPool("client.app:app", workers) as pool:
+    with _pool(job, workers, devices, per_device, engine, address) as pool:
         nodes = [node_of(folder / "sites", file) for file in files]
         jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines", store=None)
         if (baselines or cross_site) and hasattr(jury.task, "reference"):
@@ -85,30 +103,55 @@ def run(
             with _heard(REFERENCE, observe):
                 jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder, store)
             extra["run.reference"] = str((folder / REFERENCE / "model.safetensors").resolve())
-        runs: dict[str, Callable[[], object]] = {FEDERATED: _federated(_grid(pool, nodes, job, folder, 0, extra))}
+        runs: dict[str, Callable[[], object]] = {}
+        if federated:
+            runs[FEDERATED] = _federated(_grid(pool, nodes, job, folder, 0, extra))
         others = {}
         if baselines or cross_site:
-            with contextlib.suppress(RunFailed):  # too few sites: the federated run will say so
+            # Too few sites: the federated run will say so, where there is one.
+            with contextlib.suppress(*([RunFailed] if federated else [])):
                 jury.survey(fresh=False)
                 others = _baselines(pool, files, jury, store, pooled=baselines)
         failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
-    result |= _collect(folder, others)
-    if cross_site:
+    result |= ({FEDERATED: run_scores(folder)} if federated else {}) | _collect(others)
+    if cross_site and federated:
         result["cross_site"] = cross_site_of(result, job.best_metric)
     write_json(folder / "result.json", result)
-    from server.card import write_card
-    from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
-
-    write_report(folder, store)
-    write_card(folder, store)
+    if federated and pages:
+        _write_pages(folder, store)
     if failures:
         raise RunFailed("; ".join(failures))
     return Result(folder)
 
 
-def _collect(folder: Path, others: dict[str, Run]) -> dict[str, Any]:
-    found: dict[str, Any] = {FEDERATED: run_scores(folder)}
+def _pool(
+    job: Job, workers: int | None, devices: str, per_device: int | None, engine: str, address: str
+) -> WorkerPool | RayPool:
+    if engine == "ray":
+        if devices:
+            raise UserError("--devices: Ray places its actors itself; --per-device says how many share a GPU")
+        from simulations.ray_pool import RayPool
+
+        # Doing a round again would spend a privacy budget twice, and masks must not be used twice.
+        again = job.privacy.dp == "none" and not job.privacy.secure_aggregation
+        return RayPool("client.app:app", workers, address, per_gpu=per_device, retries=int(again))
+    if engine != "local" or address:
+        raise UserError(f"--engine {engine}: write local or ray; --address belongs to ray")
+    chosen = places(devices, per_device, workers)
+    return WorkerPool("client.app:app", len(chosen) or workers or cores(), devices=chosen)
+
+
+def _write_pages(folder: Path, store: str) -> None:
+    from server.card import write_card
+    from server.report import write_report  # not at the top: it brings Plotly, which no worker needs
+
+    write_report(folder, store)
+    write_card(folder, store)
+
+
+def _collect(others: dict[str, Run]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     local = {}
     for name, other in others.items():
         if name == POOLED:
@@ -139,7 +182,7 @@ def node_of(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) 
 
 
 def _grid(
-    pool: WorkerPool,
+    pool: WorkerPool | RayPool,
     nodes: Sequence[dict[str, Scalar]],
     job: Job,
     folder: Path,
@@ -166,8 +209,12 @@ def _of_one(job: Job) -> dict[str, Scalar]:
     return alone
 
 
-def _baselines(pool: WorkerPool, files: Sequence[Path], jury: Run, store: str, pooled: bool) -> dict[str, Run]:
+def _baselines(
+    pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, store: str, pooled: bool
+) -> dict[str, Run]:
     """A federation of one for each site alone and, if wanted, for all sites pooled.
+    if cross_site and federated:
+        result["cross_site"] = cross_site_of(result, job.best_metric)
 
     Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
     augmentation and schedule; each is tested on all sites' test images.

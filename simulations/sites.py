@@ -21,13 +21,13 @@ from simulations.partition import partition
 _SINGLE = ("labels.csv", "annotations.json", "images", "labels", "masks", "Annotations", "JPEGImages")
 
 
-def find_sites(data: Path, job: Job, out: Path) -> list[Path]:
+def find_sites(data: Path, job: Job, out: Path, cache: Path | None = None) -> list[Path]:
     """The site.toml of every site of a simulation over the folder ``data``.
 
     Folders that already have a site.toml are taken as they are. Otherwise ``data`` itself is one site if it holds a
     labels.csv, an annotations.json, an npz, a folder of images or masks, or the class folders; else each of its folders
     is a site. With ``data.partition`` other than ``site`` all images are dealt out to invented sites. New files go to
-    ``out``/sites.
+    ``out``/sites; sites described by them keep decoded images in ``cache``, if it is given.
 
     Raises:
         UserError: no site there, a site that cannot be read, two sites of one name.
@@ -35,7 +35,7 @@ def find_sites(data: Path, job: Job, out: Path) -> list[Path]:
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
     files = _own_files(data) or [
-        _describe(folder, number, job, out) for number, folder in enumerate(_site_folders(data, job), start=1)
+        _describe(folder, number, job, out, cache) for number, folder in enumerate(_site_folders(data, job), start=1)
     ]
     if not files:
         raise UserError(f"--data {data}: no images found; see docs/researcher.md for the layouts that are read")
@@ -46,7 +46,7 @@ def find_sites(data: Path, job: Job, out: Path) -> list[Path]:
             where = ", ".join(str(file) for file, other in zip(files, names, strict=True) if other == name)
             raise UserError(f"two sites are named {name!r} ({where}); give each site.toml a name of its own")
     samples = [_samples(site, job) for site in sites]
-    return files if job.data.partition == "site" else _deal_out(data, sites, samples, job, out)
+    return files if job.data.partition == "site" else _deal_out(data, sites, samples, job, out, cache)
 
 
 def _samples(site: SiteData, job: Job) -> list[Sample]:
@@ -69,21 +69,26 @@ def _site_folders(data: Path, job: Job) -> list[Path]:
     return folders
 
 
-def _describe(folder: Path, number: int, job: Job, out: Path) -> Path:
+def _describe(folder: Path, number: int, job: Job, out: Path, cache: Path | None) -> Path:
     """Write a site.toml for a folder, named as the folder as far as a site's name may be."""
     plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")[:60] or f"site-{number}"
     if (out / "sites" / name).exists():  # Zürich and Zurich
         name = f"{name}-{number}"
     place = toml_scalar(str(folder.resolve()))
-    content = f'name = "{name}"\n\n[data]\ndir = {place}\nformat = "{job.data.format}"\n'
+    content = f'name = "{name}"\n\n[data]\ndir = {place}\nformat = "{job.data.format}"\n' + _cache(cache, name)
     file = out / "sites" / name / "site.toml"
     write_text(file, content)
     return file
 
 
+def _cache(folder: Path | None, name: str) -> str:
+    """The table of a site.toml that keeps decoded images in ``folder``."""
+    return f"\n[cache]\ndir = {toml_scalar(str((folder / name).resolve()))}\n" if folder else ""
+
+
 def _deal_out(
-    data: Path, sites: Sequence[SiteData], samples: Sequence[list[Sample]], job: Job, out: Path
+    data: Path, sites: Sequence[SiteData], samples: Sequence[list[Sample]], job: Job, out: Path, cache: Path | None
 ) -> list[Path]:
     """Write invented sites as a site.toml and a table each; the table is the record of the draw."""
     root = data.resolve()
@@ -97,6 +102,7 @@ def _deal_out(
         write_text(folder / "cases.csv", write_cases(pool[index] for index in members))
         places = toml_scalar(str(root)), toml_scalar(str((folder / "cases.csv").resolve()))
         text = f'name = "{name}"\n\n[data]\ndir = {places[0]}\nformat = "{CASES}"\ncsv = {places[1]}\n'
+        text += _cache(cache, name)
         write_text(folder / "site.toml", text + (f"\n[label_map]\n{label_map}" if label_map else ""))
         files.append(folder / "site.toml")
     return files

@@ -32,6 +32,7 @@ from server.store import write_json, write_text
 from shared.config import Job, load_job, nearest
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset, load_dataset
+from shared.rules import site_rule
 from shared.samples import read_samples
 from shared.sitefile import read_site
 
@@ -113,6 +114,11 @@ def _decoded(trained: TrainedModel, images: Path, cache: Path) -> Images:
             data = load_dataset(list(read_samples(site, job)), site, job)
             data = data.subset("test") if len(data.subset("test")) else data
         else:
+            if site_rule(job.data.harmonise):
+                raise UserError(
+                    f"--images {images}: data.harmonise = {job.data.harmonise!r} needs the scale of the hospital the "
+                    "images are from; name its site.toml"
+                )
             site, samples = find_cases(trained, images)
             data = load_dataset(samples, dataclasses.replace(site, cache=cache), job)
     except SiteRefusal as refusal:

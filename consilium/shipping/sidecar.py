@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from consilium.shipping.graph import Spec, can_be_missing
+from consilium.shipping.harmonising import harmonising
 from shared.config import Job
 from shared.tasks import load_task
 
@@ -67,26 +68,23 @@ def _channels(job: Job) -> Step:
     return {"step": "colour", "how": "Red, green, blue; grey is repeated."}
 
 
-def _harmonise(job: Job) -> list[Step]:
-    if job.data.harmonise == "none":
-        return []
-    how = "If the third central moment of all grey values is negative, replace the image by 1 - image."
-    return [{"step": "polarity", "how": how}]
-
-
 def _picture(job: Job) -> list[Step]:
     steps: list[Step] = [{"step": "read", "how": _READ}]
     if job.task == "sequence":
         most = job.data.frames
         how = "Every frame in order of time" + (f", at most {most} evenly picked." if most else ".")
         steps = [{"step": "read", "how": f"{how} {_READ}", "window": _window(job), "frames": most}]
-    if job.task in ("classification", "segmentation", "reconstruction"):
-        steps += _harmonise(job)
+    steps += harmonising(job)
     steps.append(_channels(job))
     if job.task == "segmentation":
         return [*steps, *_spacing(job), {"step": "quantise", "how": _SIXTEEN}]
     size = [job.data.size, job.data.size]
-    return [*steps, {"step": "fit", "size": size, "how": _FIT}, {"step": "quantise", "how": _SIXTEEN}]
+    if job.data.spacing:
+        how = "The middle of that size, the odd pixel left off at the bottom and the right; zeros where it is smaller."
+        steps += [*_spacing(job), {"step": "middle", "size": size, "how": how}]
+    else:
+        steps.append({"step": "fit", "size": size, "how": _FIT})
+    return [*steps, {"step": "quantise", "how": _SIXTEEN}]
 
 
 def _window(job: Job) -> list[float] | None:
@@ -98,7 +96,8 @@ def _volume(job: Job) -> list[Step]:
     window = _window(job)
     ends = "the window's ends" if window else "the least and largest value of the volume"
     how = f"{axes} Values in the file's units (CT: HU); {ends} become 0 and 1, what lies beyond is clipped."
-    return [{"step": "read", "how": how, "window": window}, *_spacing(job), {"step": "quantise", "how": _SIXTEEN}]
+    read = {"step": "read", "how": how, "window": window}
+    return [read, *harmonising(job), *_spacing(job), {"step": "quantise", "how": _SIXTEEN}]
 
 
 def _spacing(job: Job) -> list[Step]:

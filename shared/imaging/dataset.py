@@ -30,10 +30,12 @@ from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.errors import UnreadableImage
+from shared.imaging.scale import with_scale
+from shared.imaging.stamp import stamp
 from shared.sitefile import OWN_FOLDER
 from shared.tasks import load_task
 
-CACHE_VERSION = 2  # raise it when decoding changes, so that old caches are not used
+CACHE_VERSION = 3  # raise it when decoding changes, so that old caches are not used
 
 
 def to_uint16(picture: np.ndarray) -> np.ndarray:
@@ -159,6 +161,7 @@ def load_dataset(
     Raises:
         SiteRefusal: more than the site's ``max_unreadable`` share could not be read.
     """
+    site = with_scale(samples, site, job)
     folder = site.cache or site.root / OWN_FOLDER / "cache"
     entry = folder / _key(samples, site, job)
     if not (entry / "index.json").is_file():
@@ -185,27 +188,17 @@ def _open(path: Path, dtype: str, shapes: list[list[int]]) -> Column:
 def _key(samples: Sequence[Sample], site: SiteData, job: Job) -> str:
     task = load_task(job.task)
     head = f"{CACHE_VERSION} {job.task} {task.decoded_by(job)} {sorted(site.label_map.items())} {site.root.resolve()}"
+    head += f" {site.scale}"
     digest = hashlib.sha256(head.encode("utf-8", "surrogateescape"))
     stamps: dict[str, str] = {}
     for sample in samples:
         for name in sample.files:
             if name not in stamps:
-                stamps[name] = _stamp(site.root / name)
+                stamps[name] = stamp(site.root / name)
         what = f"{sample.id} {sample.mask} {sample.paths} {sample.boxes} {sample.values} {sample.size} {sample.fault}"
         text = f"{what} {' '.join(stamps[name] for name in sample.files)}\n"
         digest.update(text.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
-
-
-def _stamp(path: Path) -> str:
-    """Changes when the file, or one in the folder, changes."""
-    try:
-        if path.is_dir():
-            return str(sorted((item.name, _stamp(item)) for item in path.iterdir()))
-        status = path.stat()
-    except OSError:
-        return "absent"
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 class _Writer:

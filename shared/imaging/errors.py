@@ -48,6 +48,7 @@ CODES: Final[dict[str, str]] = {
     "images-differ": "the images of one case differ in size, or lie elsewhere in space than each other",
     "mask-position": "the mask lies elsewhere in space than the image, or belongs to another image",
     "unknown-class": "a mask with a value or segment that is no class of the job",
+    "no-colour": "the job's rule for stains wants colour, and the picture is grey",
     "no-spacing": "the job asks for pixels of so many mm, and the file does not say how large its pixels are",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from client import workspace
 from client.app import app
 from shared.config import Job
 from shared.tasks import load_task
@@ -106,3 +108,33 @@ def test_a_new_run_forgets_the_moments_of_an_earlier_one_and_a_repeated_round_re
     ask("query", site, tiny_job, round=0)
     assert torch.equal(weights(1), first)
     assert not torch.equal(weights(2), first)
+
+
+def test_after_the_first_round_nothing_is_read_built_or_imported_again(
+    three_sites: Path, tiny_job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), real(*args))[1])
+
+    counted(load_task(tiny_job.task), "build_model")
+    counted(workspace, "read_samples")
+    counted(workspace, "load_dataset")
+    arrays = exchanged(load_task(tiny_job.task).build_model(tiny_job), tiny_job)
+    calls.clear()
+
+    def round_(number: int) -> None:
+        for kind, more in (("train", {"class-weights": [1.0, 1.0]}), ("evaluate", {"split": "val"})):
+            reply = ask(kind, three_sites / "b", tiny_job, arrays, round=number, **more)
+            assert reply.content["status"]["ok"] is True
+
+    workspace.open_model.cache_clear()  # of another test with the same job
+    round_(1)
+    assert sorted(calls) == ["build_model", "load_dataset", "read_samples"]
+    modules = set(sys.modules)
+    round_(2)
+    round_(3)
+    assert len(calls) == 3
+    assert set(sys.modules) == modules

@@ -161,3 +161,9 @@ def test_a_supernode_ends_as_soon_as_it_does_not_work(ends: str, status: int) ->
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENV)
     assert done.returncode == status, done.stderr
     assert ("Traceback" in done.stderr) == any(word in ends for word in ("raise", "1 / 0"))
+
+
+def test_what_supervises_a_site_does_not_carry_pytorch() -> None:
+    """It stays for as long as the site does; the worker has it."""
+    probe = "import sys, client.node; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe]).returncode == 0

@@ -29,11 +29,13 @@ from consilium.shipping import export as exporting
 from consilium.shipping.check import Compared, compare, tensors
 from consilium.shipping.export import export, load_network
 from consilium.shipping.formats import FORMATS, Format
+from consilium.shipping.harmonising import harmonising
 from server.store import write_model, write_text
 from shared import __version__
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
 from shared.imaging.dataset import Dataset, load_dataset
+from shared.rules import RULES
 from shared.samples import read_samples
 from shared.sitefile import read_site
 from shared.tasks import TASKS, load_task
@@ -295,6 +297,72 @@ def test_by_the_sidecar_alone_pillow_and_onnxruntime_predict_as_consilium_does(n
         assert shares.tolist() == pytest.approx([float(row[f"probability:{name}"]) for name in classes], abs=2e-3)
         assert row["label"] == classes[int(shares.argmax())]
     assert len({row["probability:left"] for row in rows}) == 4
+
+
+def rescaled(picture: np.ndarray, sidecar: dict[str, Any]) -> np.ndarray:
+    """A grey picture after the rules of the sidecar, by its words and numbers."""
+    for step in sidecar["preprocessing"]:
+        if step["step"] == "polarity":
+            picture = 1 - picture if ((picture - picture.mean()) ** 3).mean() < 0 else picture
+        elif step["step"] == "zscore":
+            low, high = picture.mean() + picture.std() * step["sds"] * np.array([-1, 1])
+            picture = ((picture - low) / (high - low)).clip(0, 1)
+        elif step["step"] == "percentiles":
+            low, high = np.percentile(picture, step["percentiles"])
+            picture = ((picture - low) / (high - low)).clip(0, 1)
+        elif step["step"] == "nyul":
+            ends = np.percentile(picture[picture > 0], step["percentiles"])
+            picture = np.interp(picture, [0, *ends, picture.max()], [0, *step["landmarks"], 1])
+    return picture
+
+
+@pytest.mark.parametrize("rules", ["polarity,zscore", "percentiles", "polarity,nyul"])
+@pytest.mark.filterwarnings("ignore")
+def test_by_the_sidecar_alone_images_are_harmonised_as_consilium_does(rules: str, tmp_path: Path) -> None:
+    more = {"data__landmarks": "0.02 0.1 0.16 0.22 0.3 0.38 0.46 0.55 0.65 0.8 0.95"} if "nyul" in rules else {}
+    job = job_of("classification", "cnn", data__size=40, data__harmonise=rules, **more)
+    run, _ = saved(tmp_path / "run", job)
+    (tmp_path / "images").mkdir()
+    rough = np.random.default_rng(0).beta(2, 5, (40, 40))
+    for number, picture in enumerate((rough, 1 - rough, rough * 0.5 + 0.2)):
+        Image.fromarray((picture * 255).round().astype(np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    export(run, tmp_path / "out", ("onnx",), images=tmp_path / "images")
+    predict(run, tmp_path / "images", tmp_path / "predicted")
+    with (tmp_path / "predicted" / "predictions.csv").open() as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    sidecar = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert [step["step"] for step in sidecar["preprocessing"]][1 : 1 + len(rules.split(","))] == rules.split(",")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "models" / "model.onnx"))
+    for number in range(3):
+        picture = np.asarray(Image.open(tmp_path / "images" / f"{number}.png")) / 255
+        image = rescaled(picture, sidecar)
+        assert np.abs(image - picture).max() > 0.05
+        (logits,) = session.run(None, {"image": image[None, None].astype(np.float32)})
+        row = rows[f"{number}.png"]
+        names = sidecar["postprocessing"]["classes"]
+        assert softmax(logits)[0].tolist() == pytest.approx(
+            [float(row[f"probability:{name}"]) for name in names], abs=2e-3
+        )
+
+
+def test_every_rule_has_its_words_and_numbers_in_the_sidecar() -> None:
+    landmarks = "0.02 0.1 0.16 0.22 0.3 0.38 0.46 0.55 0.65 0.8 0.95"
+    for rule in RULES:
+        job = job_of("classification", "cnn", data__channels=3).replace(
+            data__harmonise=rule, data__landmarks=landmarks if rule == "nyul" else ""
+        )
+        (step,) = harmonising(job)
+        assert step["step"] == rule
+        assert len(step["how"]) > 40
+        assert ("training images of the hospital" in step["how"]) == rule.startswith("site-")
+
+
+def test_with_a_rule_of_the_site_images_come_with_their_site(tmp_path: Path) -> None:
+    run, _ = saved(tmp_path / "run", job_of("classification", "cnn", data__harmonise="site-zscore"))
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match=r"name its site\.toml"):
+        export(run, tmp_path / "out", ("torchscript",), images=tmp_path / "images")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -414,3 +414,59 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert (code, errors.count("\n")) == (2, 1), errors
     assert "cannot write there" in errors
     assert not (tmp_path / "out").exists()
+
+
+# --- the rules of data.harmonise --------------------------------------------------------------------------------------
+
+
+def test_pictures_that_differ_in_gain_alone_are_one_to_a_model_with_zscore(tiny_job: Job, tmp_path: Path) -> None:
+    run_ = save_run(tmp_path / "run", tiny_job.replace(data__harmonise="polarity,zscore"))
+    (tmp_path / "in").mkdir()
+    picture = np.random.default_rng(0).beta(2, 5, (20, 20)) * 200
+    for name, changed in {"a": picture, "b": picture * 0.5 + 30, "c": 255 - picture}.items():
+        Image.fromarray(changed.round().astype(np.uint8)).save(tmp_path / "in" / f"{name}.png")
+    predict(run_, tmp_path / "in", tmp_path / "out")
+    found = [float(row["probability:left"]) for row in table(tmp_path / "out").values()]
+    assert found == pytest.approx([found[0]] * 3, abs=1e-2)  # 8 bits hold b only roughly
+
+
+def test_a_rule_of_the_site_asks_for_the_site_and_uses_its_scale(
+    tiny_job: Job, three_sites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ = save_run(tmp_path / "run", tiny_job.replace(data__harmonise="site-percentiles"))
+    images = three_sites / "a" / "images"
+    code, _, said = called(capsys, "predict", run_, images, "--out", tmp_path / "out")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "name its site.toml with --site" in said
+    code, _, said = called(capsys, "explain", run_, "--image", images / "0.png", "--out", tmp_path / "e.png")
+    assert code == 2
+    assert "--site" in said
+    site = three_sites / "a" / "site.toml"
+    code, _, said = called(capsys, "predict", run_, images, "--out", tmp_path / "out", "--site", site)
+    assert code == 0, said
+    assert len(table(tmp_path / "out")) == 24
+    code, _, said = called(
+        capsys, "explain", run_, "--image", images / "0.png", "--out", tmp_path / "e.png", "--site", site
+    )
+    assert code == 0, said
+    # The same pictures at a hospital whose machine gives half the grey values: another site.toml, the same answer.
+    for file in (three_sites / "b" / "images").glob("*.png"):
+        Image.fromarray(np.asarray(Image.open(file)) // 2 * 2).save(file)
+    shutil.copytree(three_sites / "b", tmp_path / "dim", ignore=shutil.ignore_patterns(".consilium"))
+    for file in (tmp_path / "dim" / "images").glob("*.png"):
+        Image.fromarray(np.asarray(Image.open(file)) // 2).save(file)
+    answers = []
+    for number, folder in enumerate((three_sites / "b", tmp_path / "dim")):
+        out = tmp_path / f"out-{number}"
+        predict(run_, folder / "images", out, own=folder / "site.toml")
+        answers.append([float(row["probability:left"]) for row in table(out).values()])
+    assert answers[0] == pytest.approx(answers[1], abs=1e-4)
+
+
+def test_a_site_is_refused_where_no_rule_asks_for_one(
+    trained: Path, three_sites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = three_sites / "a" / "site.toml"
+    code, _, said = called(capsys, "predict", trained, three_sites / "a", "--out", tmp_path / "out", "--site", site)
+    assert code == 2
+    assert "leave it out" in said

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -18,81 +18,88 @@ from safetensors.torch import load_file
 from server.store import read_events
 from shared.config import Job
 from simulations.simulate import run
+from tests.e2e.live import free_port, until
 
 BIN = Path(sys.executable).parent
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+class Flower:
+    """`flwr` with a home of its own, and the SuperLink that it keeps for simulations.
 
+    `flwr run` would start that by itself, and give it 15 s. A machine with much to do takes longer; so it is started
+    here, with the words that `flwr run` uses, and waited for.
+    """
 
-def flwr(*args: str, home: Path, root: Path, port: int) -> str:
-    environment = os.environ | {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # it starts flower-superlink by name
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([BIN / "flwr", *args], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    def __init__(self, home: Path) -> None:
+        self.home, self.port = home, free_port()
+        self.env = os.environ | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # Flower's programs start each other by name
+            "FLWR_HOME": str(home),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
 
+    def __enter__(self) -> Flower:
+        self.home.mkdir()
+        where = ("--host", "127.0.0.1", "--port", str(self.port), "--database", str(self.home / "state.db"))
+        self.log = self.home / "superlink.log"
+        with self.log.open("wb") as log:
+            self.daemon = subprocess.Popen(
+                [BIN / "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", *where],
+                env=self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        until(self._answers, 60, "SuperLink for simulations")
+        return self
 
-def stop_daemons(home: Path) -> None:
-    """End what `flwr run` left behind, found by this test's own FLWR_HOME."""
-    mine = []
-    for process in psutil.process_iter():
+    def _answers(self) -> bool:
+        assert self.daemon.poll() is None, self.log.read_text(errors="replace")
         try:
-            if process.environ().get("FLWR_HOME") == str(home) and process.pid != os.getpid():
-                mine.append(process)
-        except (psutil.AccessDenied, psutil.NoSuchProcess):
-            continue
-    for process in mine:
-        process.kill()
-    psutil.wait_procs(mine, timeout=20)
+            return httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5).is_success
+        except httpx.HTTPError:
+            return False
+
+    def __exit__(self, *_: object) -> None:
+        family = [*psutil.Process(self.daemon.pid).children(recursive=True), psutil.Process(self.daemon.pid)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=20)
+
+    def __call__(self, root: Path, *args: str) -> str:
+        done = subprocess.run([BIN / "flwr", *args], cwd=root, env=self.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def status(self, root: Path) -> str:
+        """That of the newest run; `flwr run` ends with 0 even where the run failed."""
+        return str(json.loads(self(root, "list", "--format", "json"))["runs"][0]["status"])
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+    with Flower(tmp_path_factory.mktemp("flower") / "home") as flower:
+        yield flower
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure aggregation"])
 def test_flwr_run_gives_the_same_model_as_our_engine(
-    secure: bool, three_sites: Path, tiny_job: Job, tmp_path: Path, root: Path
+    secure: bool, flower: Flower, three_sites: Path, tiny_job: Job, tmp_path: Path, root: Path
 ) -> None:
     tiny_job = tiny_job.replace(privacy__secure_aggregation=secure, federation__max_update_norm=20.0)
     ours = run(tiny_job, three_sites, tmp_path / "ours").folder
-    out, home, port = tmp_path / "theirs", tmp_path / "flwr-home", free_port()
+    out = tmp_path / "theirs"
     settings = tiny_job.flat() | {"run.out": str(out), "run.sites": str(three_sites)}
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
     federation = "num-supernodes=3 client-resources-num-cpus=1"
-    try:
-        flwr(
-            "run",
-            ".",
-            "--stream",
-            "--run-config",
-            config,
-            "--federation-config",
-            federation,
-            home=home,
-            root=root,
-            port=port,
-        )
-        deadline = time.monotonic() + 60
-        while (
-            status := json.loads(flwr("list", "--format", "json", home=home, root=root, port=port))["runs"][0]["status"]
-        ) == "running":
-            assert time.monotonic() < deadline, status
-            time.sleep(1)
-    finally:
-        stop_daemons(home)
-    log = "\n".join(path.read_text(errors="replace")[-4000:] for path in home.rglob("*.log"))
-    assert status == "finished:completed", log  # `flwr run` itself exits 0 even if the run failed
+    flower(root, "run", ".", "--stream", "--run-config", config, "--federation-config", federation)
+    until(lambda: flower.status(root).startswith("finished"), 60, "end of the run")
+    assert flower.status(root) == "finished:completed", flower.log.read_text(errors="replace")[-8000:]
     assert [event["event"] for event in read_events(out)][-1] == "finish"
     theirs = load_file(out / "last.safetensors")
     for name, value in load_file(ours / "last.safetensors").items():

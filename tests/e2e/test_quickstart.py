@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.live import free_port
+from tests.e2e.live import free_port, until
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -31,26 +31,28 @@ def test_the_page_runs_as_it_is_typed(root: Path, tmp_path: Path) -> None:
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m consilium "$@"\n')
     command.chmod(0o755)
     (tmp_path / "simulations").symlink_to(root / "simulations")
-    shell = subprocess.Popen(
-        ["bash", "-e", "-u", "-o", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PATH": f"{command.parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(root),
-            "OMP_NUM_THREADS": "1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    output = tmp_path / "said"
+    with output.open("wb") as log:
+        shell = subprocess.Popen(
+            ["bash", "-e", "-u", "-o", "pipefail", "-c", script],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PATH": f"{command.parent}:{os.environ['PATH']}",
+                "PYTHONPATH": str(root),
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        said, _ = shell.communicate(timeout=420)
-    except subprocess.TimeoutExpired:
-        for process in psutil.Process(shell.pid).children(recursive=True):
-            process.terminate()
-        shell.kill()
-        raise
+        until(lambda: shell.poll() is not None, 300, "end of the page")
+    finally:
+        if shell.poll() is None:
+            for process in psutil.Process(shell.pid).children(recursive=True):
+                process.terminate()
+            shell.kill()
+    said = output.read_text()
     assert shell.returncode in (0, 143), said[-4000:]  # `wait` gives the status of what was ended
     assert "FIT to join" in said
     assert "all sites' test images" in said

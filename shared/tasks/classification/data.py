@@ -21,8 +21,8 @@ from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.augment import augmentation, normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
-from shared.imaging.harmonise import harmonise
-from shared.imaging.read import Picture, crop, fit, is_image_name, read_image
+from shared.imaging.prepare import fitted, harmonised, prepared_by, spacing_kept
+from shared.imaging.read import Picture, crop, is_image_name, read_image
 from shared.samples import (
     class_indices,
     make_sample,
@@ -67,21 +67,24 @@ def read_samples(site: SiteData, job: Job) -> Iterator[Sample]:
 def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
     """``image``: uint16 (channels, size, size); of a case of several images all their channels, 0 where one is missing.
 
+    ``spacing``: float64 (2,), mm per pixel of it, 0 where unknown, and of a case of several images.
+
     Raises:
         UnreadableImage: with a code that says why.
     """
     if not job.modalities:
-        return {"image": _planes(sample, site, job)}
+        return _decoded(sample, site, job)
     missing = np.zeros((job.data.channels, job.data.size, job.data.size), np.uint16)
-    images = [_planes(replace(sample, path=name), site, job) if name else missing for name in sample.paths]
-    return {"image": np.concatenate(images)}
+    images = [_decoded(replace(sample, path=name), site, job)["image"] if name else missing for name in sample.paths]
+    return {"image": np.concatenate(images), "spacing": np.zeros(2)}
 
 
-def _planes(sample: Sample, site: SiteData, job: Job) -> np.ndarray:
-    picture = harmonise(read_picture(sample, site), job.data.harmonise)
+def _decoded(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
+    picture = harmonised(read_picture(sample, site), site, job)
     if sample.box:
         picture = crop(picture, sample.box)
-    return to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels))
+    path = site.root / sample.path
+    return {"image": to_uint16(fitted(picture, path, job)), "spacing": spacing_kept(picture, path, job)}
 
 
 def read_picture(sample: Sample, site: SiteData) -> Picture:
@@ -104,7 +107,7 @@ def _changed(path: Path) -> int:
 
 def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
-    return f"{job.data.channels} {job.data.size} {job.data.harmonise} {len(job.modalities)}"
+    return f"{prepared_by(job)} {len(job.modalities)}"
 
 
 def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device, train: bool) -> Batch:

@@ -14,7 +14,8 @@ from shared.config import Job
 from shared.imaging.augment import changes, normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
 from shared.imaging.errors import UnreadableImage
-from shared.imaging.read import fit, read_image
+from shared.imaging.prepare import fitted, harmonised, prepared_by, spacing_kept
+from shared.imaging.read import read_image
 from shared.tasks.detection.boxes import LEAST_SIDE, Objects, objects_of, require_inside
 from shared.tasks.detection.formats import read_samples
 
@@ -36,7 +37,8 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
 
     Returns:
         ``image`` uint16 (channels, size, size); ``shape`` int64 (2,), height and width of the image as it was read, in
-        whose pixels the sample's boxes are; ``dropped`` int64 (1,), its degenerate boxes.
+        whose pixels the sample's boxes are; ``dropped`` int64 (1,), its degenerate boxes; ``spacing`` float64 (2,), mm
+        per pixel of ``image``, 0 where unknown.
 
     Raises:
         UnreadableImage: with a code that says why: the image or its annotation is of no use, or a box lies outside.
@@ -50,7 +52,8 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
         raise UnreadableImage("annotated-size", f"{sample.path} is {found}, its boxes are said to lie in {drawn}")
     require_inside(sample, shape)
     return {
-        "image": to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels)),
+        "image": to_uint16(fitted(harmonised(picture, site, job), site.root / sample.path, job)),
+        "spacing": spacing_kept(picture, site.root / sample.path, job),
         "shape": np.array(shape, np.int64),
         "dropped": np.array([objects_of(sample, shape, job.data.size).dropped], np.int64),
     }
@@ -58,7 +61,7 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
 
 def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
-    return f"{job.data.channels} {job.data.size}"
+    return prepared_by(job)
 
 
 def shape_of(data: Dataset, i: int) -> tuple[int, int]:

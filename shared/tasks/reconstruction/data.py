@@ -13,8 +13,8 @@ from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.imaging.augment import augmentation, shift_and_scale
 from shared.imaging.dataset import Dataset, to_float, to_uint16
-from shared.imaging.harmonise import harmonise
-from shared.imaging.read import Box, crop, fit
+from shared.imaging.prepare import fitted, harmonised, prepared_by, spacing_kept
+from shared.imaging.read import Box, crop
 from shared.tasks.classification.data import read_picture
 from shared.tasks.classification.data import read_samples as read_labelled
 from shared.tasks.reconstruction.metrics import normal_class
@@ -41,13 +41,16 @@ def read_samples(site: SiteData, job: Job) -> Iterator[Sample]:
 def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
     """``image``: uint16 (channels, size, size). A box is widened to a square, so that no black bars are to be rebuilt.
 
+    ``spacing``: float64 (2,), mm per pixel of it, 0 where unknown.
+
     Raises:
         UnreadableImage: with a code that says why.
     """
-    picture = harmonise(read_picture(sample, site), job.data.harmonise)
+    picture = harmonised(read_picture(sample, site), site, job)
     if sample.box:
         picture = crop(picture, square(sample.box, picture.shape[0], picture.shape[1]))
-    return {"image": to_uint16(fit(picture, job.data.size, job.data.size, job.data.channels))}
+    path = site.root / sample.path
+    return {"image": to_uint16(fitted(picture, path, job)), "spacing": spacing_kept(picture, path, job)}
 
 
 def square(box: Box, height: int, width: int) -> Box:
@@ -66,7 +69,7 @@ def square(box: Box, height: int, width: int) -> Box:
 
 def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
-    return f"{job.data.channels} {job.data.size} {job.data.harmonise}"
+    return prepared_by(job)
 
 
 def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device, train: bool) -> Batch:

@@ -9,18 +9,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from shared.cases import Sample, SiteData
 from shared.composed import flagged
 from shared.config import Job
 from shared.imaging.augment import normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
-from shared.imaging.errors import UnreadableImage, only_unreadable
+from shared.imaging.errors import UnreadableImage
 from shared.imaging.grid import same_place
-from shared.imaging.harmonise import grey, harmonise
+from shared.imaging.harmonise import grey, harmonise_volume
 from shared.imaging.masks import read_mask
+from shared.imaging.prepare import harmonised
 from shared.imaging.read import Picture, read_image
+from shared.imaging.spacing import pixel_spacing, resample
 from shared.imaging.volumes import Volume, read_volume
 from shared.tasks.segmentation.layouts import read_samples
 from shared.tasks.segmentation.models import dimensions, patch_size
@@ -66,7 +67,7 @@ def decode(sample: Sample, site: SiteData, job: Job) -> dict[str, np.ndarray]:
     Raises:
         UnreadableImage: with a code that says why: an image or the mask cannot be read, or they differ in size.
     """
-    first, *others = (_read(site.root / name, sample, job) for name in sample.paths or (sample.path,) if name)
+    first, *others = (_read(site.root / name, sample, site, job) for name in sample.paths or (sample.path,) if name)
     planes, spacing, volume = _stacked(first, others, sample, job), first.spacing, first.volume
     size = planes.shape[1:]
     instances = job.data.masks == "instances"
@@ -88,11 +89,12 @@ class _Read(NamedTuple):
     volume: Volume | None
 
 
-def _read(path: Path, sample: Sample, job: Job) -> _Read:
+def _read(path: Path, sample: Sample, site: SiteData, job: Job) -> _Read:
     if dimensions(job) == 3:
         volume = read_volume(path, job.data.window)
-        return _Read(path, volume.values[None], np.array(volume.spacing or (0.0, 0.0, 0.0)), volume)
-    picture = harmonise(read_image(path, sample.frame, sample.box, sample.key or None), job.data.harmonise)
+        values = harmonise_volume(volume.values, job.data.harmonise, job.data.landmarks, site.scale)
+        return _Read(path, values[None], np.array(volume.spacing or (0.0, 0.0, 0.0)), volume)
+    picture = harmonised(read_image(path, sample.frame, sample.box, sample.key or None), site, job)
     return _Read(path, _planes(picture, job.data.channels), pixel_spacing(path), None)
 
 
@@ -147,7 +149,7 @@ def decoded_by(job: Job) -> str:
     """What ``decode`` depends on."""
     data = job.data
     own = f"{dimensions(job)} {data.channels} {data.window} {data.spacing} {data.masks} {job.classes} {data.harmonise}"
-    return f"{own} {len(job.modalities)}"
+    return f"{own} {data.landmarks} {len(job.modalities)}"
 
 
 def _planes(picture: Picture, channels: int) -> np.ndarray:
@@ -155,54 +157,6 @@ def _planes(picture: Picture, channels: int) -> np.ndarray:
     if channels == 1:
         return grey(picture)[None]
     return np.moveaxis(picture, -1, 0) if picture.ndim == 3 else np.repeat(picture[None], channels, 0)
-
-
-def pixel_spacing(path: Path) -> np.ndarray:
-    """(row, column) spacing of a DICOM picture in mm, float64; zeros where it says none, and of every other file.
-
-    PixelSpacing only: ImagerPixelSpacing is measured at the detector, not in the patient (PS3.3 10.7.1.3).
-    """
-    try:
-        found = _pixel_spacing(path)
-    except UnreadableImage:
-        found = ()
-    return np.array(found if len(found) == 2 and min(found) > 0 else (0.0, 0.0))
-
-
-@only_unreadable
-def _pixel_spacing(path: Path) -> tuple[float, ...]:
-    with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return ()
-    from pydicom import dcmread
-
-    return tuple(map(float, dcmread(path, stop_before_pixels=True, specific_tags=["PixelSpacing"]).PixelSpacing))
-
-
-def resample(
-    planes: np.ndarray, mask: np.ndarray, spacing: np.ndarray, wanted: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An image (channels, *size) linearly, its mask (*size) by nearest neighbour, to ``wanted`` mm along every axis.
-
-    An image that shrinks is smoothed first. The new spacing is that of whole pixels, so not quite ``wanted``.
-
-    Raises:
-        UnreadableImage: "no-spacing" where the spacing is not known.
-    """
-    if not spacing.all():
-        raise UnreadableImage("no-spacing", "data.spacing asks for mm, the file does not say how large a pixel is")
-    size = [max(1, round(side * mm / wanted)) for side, mm in zip(mask.shape, spacing, strict=True)]
-    shrinks = [old / new for old, new in zip(mask.shape, size, strict=True)]
-    if max(shrinks) > 1:
-        from scipy.ndimage import gaussian_filter
-
-        sigma = [0.0, *(max(0.0, (factor - 1) / 2) for factor in shrinks)]
-        planes = gaussian_filter(planes, sigma, mode="nearest")
-    mode = "bilinear" if mask.ndim == 2 else "trilinear"
-    image = interpolate(torch.from_numpy(np.ascontiguousarray(planes))[None], size, mode=mode, align_corners=False)
-    # As float64, which holds every object's number.
-    labels = interpolate(torch.from_numpy(mask.astype(np.float64))[None, None], size, mode="nearest-exact")
-    return image[0].clamp(0, 1).numpy(), labels[0, 0].numpy().astype(mask.dtype), spacing * np.array(shrinks)
 
 
 def _places(classes: np.ndarray, count: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from shared.config import Job, nearest
 from shared.errors import UserError
 from shared.imaging.volumes import window_ends
 from shared.pretrained import is_file_of_weights, load_weights
+from shared.rules import STAINS, rules_of
 from shared.tasks import Part
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -308,8 +309,11 @@ def _check_changes(job: Job, flat: bool) -> None:
     for key in ("rotate", "shift", "zoom", "colour"):
         if not flat and getattr(job.augment, key):
             raise UserError(f"augment.{key}: volumes are mirrored and change in intensity only; set it to 0")
-    if not flat and job.data.harmonise != "none":
-        raise UserError(f"data.harmonise = {job.data.harmonise!r}: is for pictures; write none for volumes")
+    if not flat and {"polarity", *STAINS} & set(rules_of(job.data.harmonise)):
+        raise UserError(
+            f"data.harmonise = {job.data.harmonise!r}: polarity and stains are for pictures; volumes take none, "
+            "zscore, percentiles, site-zscore, site-percentiles or nyul"
+        )
     if not flat and job.data.normalise == "imagenet":
         raise UserError("data.normalise = 'imagenet': is for pictures; write fixed or image for volumes")
 

@@ -1,0 +1,198 @@
+"""study.html: what a study says, on one page that needs nothing but a browser, and no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from string import Template
+
+import plotly.graph_objects as go
+from plotly.io.json import to_json_plotly
+from plotly.offline import get_plotlyjs
+
+from consilium.study.collect import ALONE, Found
+from consilium.study.compare import spread
+from consilium.study.figures import gains_figure, methods_figure, on_front, pareto_figure
+from consilium.study.tables import budget_row, methods_of, result_row, title_of
+from consilium.study.verdict import Verdict, difference, gains, with_sd
+from server.record import count
+from server.report_parts import Markup, bullets, esc, folded, paragraph, table
+from server.report_style import SCRIPT, STYLE, THEMES
+from server.wording import metric_name
+from shared import __version__
+
+HEADINGS = {
+    "methods": "Methods beside each other",
+    "gains": "What each hospital gains",
+    "pareto": "Metric, traffic and privacy",
+}
+SEEDS_NOTE = (
+    "± is the standard deviation over seeds, brackets are 95 % intervals of the mean over seeds (Student’s t), "
+    "differences are paired by seed. They tell how much training varies, not how other patients would fare: "
+    "study.csv has the interval of each single run for its test images."
+)
+PERSONAL_NOTE = (
+    "Methods that leave each hospital a model of its own (FedBN, Ditto …) are judged by these, each on its hospital’s "
+    "test images; validation is of the common model."
+)
+BUDGET_NOTE = (
+    "Means over the seeds, over all sites together; bytes are the models sent both ways in training. Pooled and "
+    "single-site models (each) take the same gradient steps, batch size, tuning and augmentation. Rounds and bytes to "
+    "target: until the validation figure first reached {target}."
+)
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+<title>$title – Consilium</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<header><p class="kicker">Consilium study</p>
+<h1>$title</h1>
+$head</header>
+<section><h2>Warnings</h2>
+$warnings</section>
+$sections<section><h2>The study</h2>
+$study</section>
+</main>
+<script type="application/json" id="figures">$json</script>
+<script>$plotly</script>
+<script>$script</script>
+</body>
+</html>
+"""
+
+
+def page(found: Found, verdicts: Sequence[Verdict], text: str) -> str:
+    """The whole page; ``text`` is the study's file."""
+    figures: dict[str, go.Figure] = {}
+    sections = "".join(_section(found, verdicts, setting, figures) for setting in found.plan.settings)
+    drawn = {name: figure.to_plotly_json() for name, figure in figures.items()}
+    for figure in drawn.values():
+        figure["layout"].pop("template")  # the page chooses it by its colour scheme
+    content = to_json_plotly({"figures": drawn, "themes": THEMES})
+    return Template(_PAGE).substitute(
+        title=esc(found.plan.name),
+        head=_head(found, verdicts),
+        warnings=_warnings(found, verdicts),
+        sections=sections,
+        study=_study(found, text),
+        json=content.replace("<", "\\u003c"),  # in a script element only "<" could end it
+        plotly=get_plotlyjs(),
+        style=STYLE,
+        script=SCRIPT,
+    )
+
+
+def _head(found: Found, verdicts: Sequence[Verdict]) -> Markup:
+    """The answer first: for every setting which method, and whether a hospital is worse off."""
+    lines = []
+    for one in verdicts:
+        level = f" ({one.level})" if one.level else ""
+        answer = " ".join([*one.lines[:1], *one.hospitals[:1]])
+        lines.append(f"<p><strong>{esc(one.setting)}{esc(level)}.</strong> {esc(answer)}</p>")
+    plan = found.plan
+    parts = ((plan.methods, "method"), (plan.settings, "setting"), (plan.seeds, "seed"))
+    many = ", ".join(count(len(items), what) for items, what in parts) + "."
+    shown = "\n".join(lines) or paragraph("No cell has finished.", "lead")
+    return Markup(shown + paragraph(many, "note"))
+
+
+def _warnings(found: Found, verdicts: Sequence[Verdict]) -> Markup:
+    failed = [Markup(f"<strong>Failed: {esc(one.title)}:</strong> {esc(one.reason)}") for one in found.failures]
+    told = [
+        Markup(f"<strong>{esc(one.setting)}{esc(f' ({one.level})' if one.level else '')}:</strong> {esc(text)}")
+        for one in verdicts
+        for text in one.warnings
+    ]
+    if not failed + told:
+        return paragraph("None: every cell of the study has finished.", "good")
+    return bullets(failed + told)
+
+
+def _section(found: Found, verdicts: Sequence[Verdict], setting: str, figures: dict[str, go.Figure]) -> Markup:
+    names = methods_of(found, setting)
+    if not names:
+        return Markup(f"<section><h2>{esc(setting)}</h2>\n{paragraph('No cell has finished.', 'note')}</section>\n")
+    metric = next(row.metric for row in found.rows if row.setting == setting)
+    told = "".join(_told(one) for one in verdicts if one.setting == setting)
+    front = on_front(found, setting)
+    head = ["Method", f"{metric_name(metric, True)}, all test {found.cases[setting]}s", "Mean over sites", "Worst site",
+            "Worst site, worst seed", "Least gain over alone", "Seeds"]  # fmt: skip
+    rows = [[title_of(found, setting, name), *result_row(found, setting, name)] for name in names]
+    body = told + table(f"{setting}: what was reached", head, rows) + paragraph(SEEDS_NOTE, "note")
+    if any(row.personal for row in found.rows if row.setting == setting):
+        body += paragraph(PERSONAL_NOTE, "note")
+    head = ["Method", "Gradient steps", f"{found.cases[setting].capitalize()}s seen", "Rounds", "Sent",
+            "Rounds to target", "Bytes to target", "Epsilon", "Not beaten"]  # fmt: skip
+    rows = [[title_of(found, setting, name), *budget_row(found, setting, name), "yes" if name in front else "–"]
+            for name in names]  # fmt: skip
+    target = f"{found.plan.target:g}" if found.plan.target is not None else ".98 of the pooled model’s best"
+    body += table(f"{setting}: at what cost", head, rows) + paragraph(BUDGET_NOTE.format(target=target), "note")
+    body += _sites(found, setting, metric)
+    return Markup(f"<section><h2>{esc(setting)}</h2>\n{body}{_figures(found, setting, figures)}</section>\n")
+
+
+def _told(one: Verdict) -> str:
+    level = Markup(f"<h3>{esc(one.level)}</h3>\n") if one.level else ""
+    return level + "".join(f"<p>{esc(line)}</p>\n" for line in (*one.lines, *one.hospitals))
+
+
+def _sites(found: Found, setting: str, metric: str) -> Markup:
+    """Each site's own figure alone, and its gain by method."""
+    methods = {name: gains(found, setting, name) for name in found.plan.methods if found.of(setting, name)}
+    sites = list(dict.fromkeys(site for gained in methods.values() for site in gained))
+    if not sites:
+        return Markup("")
+    alone = found.of(setting, found.baseline(setting, next(iter(methods)), ALONE))
+
+    def cell(site: str, name: str) -> Markup:
+        gain = methods[name].get(site)
+        if gain is None or math.isnan(gain.mean):
+            return Markup("–")
+        text = difference(gain, metric)
+        if gain.below:
+            return Markup(f'{esc(text)} <span class="badge">worse off</span>')
+        return esc(text)
+
+    def own(site: str) -> str:
+        return with_sd(spread([row.sites[site] for row in alone.values() if site in row.sites]), metric)
+
+    rows = [[site, own(site), *(cell(site, name) for name in methods)] for site in sites]
+    return table(f"{setting}: each hospital alone, and what it gains", ["Site", "Alone", *methods], rows)
+
+
+def _figures(found: Found, setting: str, figures: dict[str, go.Figure]) -> str:
+    made = {"methods": methods_figure(found, setting), "gains": gains_figure(found, setting)}
+    made["pareto"] = pareto_figure(found, setting)
+    shown = ""
+    for name, figure in made.items():
+        if figure is not None:
+            place = f"figure-{len(figures)}"
+            figures[place] = figure
+            meta = figure.layout.meta
+            shown += (
+                f'<figure class="whole"><h3>{esc(HEADINGS[name])}</h3>\n<div class="plot" id="{place}" role="img" '
+                f'aria-label="{esc(HEADINGS[name])}. {esc(meta["alt"])}"></div>\n'
+                f"<figcaption>{esc(meta['caption'])}</figcaption></figure>\n"
+            )
+    return f'<div class="figures">\n{shown}</div>\n'
+
+
+def _study(found: Found, text: str) -> Markup:
+    lines: str = paragraph(f"Consilium {__version__}. Every cell is a run folder under cells/, with its job.", "note")
+    jobs = {method: job for (_, method), job in found.jobs.items()}
+    if len(jobs) > 1:
+        flats = {name: job.flat() for name, job in jobs.items()}
+        first = next(iter(flats.values()))
+        differ = [key for key in first if key not in ("name", "seed") and len({f[key] for f in flats.values()}) > 1]
+        rows = [[Markup(f"<code>{esc(key)}</code>"), *(flat[key] for flat in flats.values())] for key in differ]
+        title = "Settings in which the methods differ, in the last setting"
+        lines += table(title, ["Setting", *flats], rows) if rows else Markup("")
+    return Markup(lines + folded("The study’s file", Markup(f"<pre><code>{esc(text)}</code></pre>\n")))
