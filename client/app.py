@@ -17,22 +17,25 @@ from torch import Tensor, nn
 
 from client import lazy, secure
 from client.corrections import SiteCorrection
-from client.counts import require_cells, survey_counts, training_figures
+from client.counts import require_cells, rows_of, survey_counts, training_figures
 from client.egress import kind_of, records, release
 from client.egress_base import Asked, Refused
 from client.egress_log import ASKED
 from client.memory import Memory
 from client.personal import make_personal, put_home, take_home, train_beside
 from client.private_round import train_on_budget
+from client.subgroups import told_groups
 from client.survey import statistics
 from client.wire import opened, packed
 from client.workspace import Workspace, find_sites, open_model, open_workspace, run_name, write_log
 from shared.config import Job, job_from_flat
 from shared.corrections import Correction
 from shared.errors import SiteRefusal, UserError
+from shared.imaging.dataset import Dataset
 from shared.imaging.errors import explained
 from shared.norms import is_private
 from shared.packing import pack, unpack
+from shared.subgroups import group_sums
 from shared.tasks import load_task
 from shared.training import Trained, pick_device
 from shared.training import train as train_locally
@@ -177,11 +180,13 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     correction = SiteCorrection(model, job, message, memory)
     weights: list[float] = list(config["class-weights"])  # type: ignore[arg-type]
     held = memory.load("moments", round_) if job.train.keep_optimizer else None
+    began = time.monotonic()
     trained, epsilon = _steps(model, job, workspace, message, context, weights, held, correction.term)
+    facts = (trained.steps, trained.images, trained.losses, epsilon, time.monotonic() - began)
+    metrics = training_figures(workspace.told["train"], job, *facts)
     kept, beside = correction.after()
     if job.train.keep_optimizer:
         kept["moments"] = trained.moments
-    metrics = training_figures(workspace.told["train"], job, trained.steps, trained.images, trained.losses, epsilon)
     reply = RecordDict({"arrays": lazy.record_of(exchanged(model, job)), "metrics": MetricRecord(metrics)})
     for name, arrays in beside.items():
         reply[name] = lazy.record_of(arrays)
@@ -241,13 +246,34 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _evaluate(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
-    """Of the global model, completed by what of it stays at the site."""
+    model, data = _tested(message, context, job, workspace)
+    return _sums(model, data, job)
+
+
+def _tested(message: Message, context: Context, job: Job, workspace: Workspace) -> tuple[nn.Module, Dataset]:
+    """The global model, completed by what of it stays at the site, and the images of the split, where figures over them
+    may leave."""
     split = str(message.content["config"]["split"])
     require_cells(workspace.told, split)
     model = open_model(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     put_home(model, job, Memory(workspace.home, run_name(context), job), _round(message) + 1)
-    return _sums(model, message, job, workspace, split)
+    return _measured(model, message, job), workspace.data.subset(split)
+
+
+def _measured(model: nn.Module, message: Message, job: Job) -> nn.Module:
+    """The model on its device, with the network that it is measured by, if any."""
+    if REFERENCE in message.content.array_records:
+        reference = message.content.array_records[REFERENCE].to_torch_state_dict()
+        model.get_submodule(REFERENCE).load_state_dict(reference)
+    return model.to(pick_device(job))
+
+
+def _sums(model: nn.Module, data: Dataset, job: Job) -> RecordDict:
+    if is_private(job):
+        data = replace(data, origin=data)  # no figure is to look at the training images beside the noise
+    sums = load_task(job.task).collect(model, data, job, pick_device(job))
+    return RecordDict({"metrics": MetricRecord(sums)})
 
 
 @app.evaluate("personal")
@@ -263,16 +289,18 @@ def _personal(message: Message, context: Context, job: Job, workspace: Workspace
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     make_personal(model, job, workspace, message, context)
     require_cells(workspace.told, "test")
-    return _sums(model, message, job, workspace, "test")
+    return _sums(_measured(model, message, job), workspace.data.subset("test"), job)
 
 
-def _sums(model: nn.Module, message: Message, job: Job, workspace: Workspace, split: str) -> RecordDict:
-    device = pick_device(job)
-    if REFERENCE in message.content.array_records:
-        reference = message.content.array_records[REFERENCE].to_torch_state_dict()
-        model.get_submodule(REFERENCE).load_state_dict(reference)
-    data = workspace.data.subset(split)
-    if is_private(job):
-        data = replace(data, origin=data)  # no figure is to look at the training images beside the noise
-    sums = load_task(job.task).collect(model.to(device), data, job, device)
-    return RecordDict({"metrics": MetricRecord(sums)})
+@app.evaluate("subgroups")
+def evaluate_subgroups(message: Message, context: Context) -> Message:
+    """The sums of the global model on the test images of each of the job's groups that the site's rules name."""
+    return _answer(message, context, _evaluate_subgroups, "evaluate.subgroups")
+
+
+def _evaluate_subgroups(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    model, data = _tested(message, context, job, workspace)
+    task, device = load_task(job.task), pick_device(job)
+    groups = told_groups(workspace, job, str(message.content["config"]["split"]))
+    sums = {name: task.collect(model, rows_of(data, rows), job, device) for name, rows in groups.items()}
+    return RecordDict({"metrics": MetricRecord(group_sums(sums))})

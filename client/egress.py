@@ -14,11 +14,9 @@ import contextlib
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
@@ -27,16 +25,15 @@ from client.counts import survey_counts
 from client.egress_base import DTYPES, Asked, Check, Refused, opened
 from client.egress_beside import byte_list, byte_strings, control, masked
 from client.egress_entry import note
+from client.egress_sums import evaluation_sums, numbers, statistics, subgroup_sums
 from client.workspace import find_sites, open_model, write_log
 from shared import __version__
 from shared.codecs import CHANGE, coding, decode
 from shared.config import Job
 from shared.errors import CODES
-from shared.imaging.dataset import Dataset
 from shared.norms import is_private
 from shared.sitefile import SITE_NAME
-from shared.statistics import template
-from shared.tasks import Sums, load_task
+from shared.tasks import load_task
 from shared.weights import exchanged_names
 
 
@@ -179,8 +176,8 @@ def _training_figures(record: Any, asked: Asked) -> MetricRecord:
     if is_private(job):
         allowed["epsilon"] = -1
     elif told.exact:
-        allowed |= {"images": -1, "loss": -1, "losses": len(load_task(job.task).parts(job))}
-    figures = _numbers(record, allowed)
+        allowed |= {"images": -1, "loss": -1, "seconds": -1, "losses": len(load_task(job.task).parts(job))}
+    figures = numbers(record, allowed)
     if figures.get("num-examples") != told.images:
         raise Refused("num-examples is not the number that this site tells")
     steps = job.local_steps(told.images)
@@ -190,8 +187,9 @@ def _training_figures(record: Any, asked: Asked) -> MetricRecord:
             raise Refused(f"{name} is no whole number from 0 to {most}")
     if is_private(job) and figures["steps"] != steps:
         raise Refused(f"{figures['steps']} steps instead of the job's {steps}: when to stop would tell of the images")
-    if figures.get("epsilon", 0) < 0:  # type: ignore[operator]
-        raise Refused("epsilon is negative")
+    for name in ("epsilon", "seconds"):
+        if figures.get(name, 0) < 0:  # type: ignore[operator]
+            raise Refused(f"{name} is negative")
     return MetricRecord(figures)
 
 
@@ -212,56 +210,14 @@ def _facts(record: Any, asked: Asked) -> ConfigRecord:
     return ConfigRecord({"job": asked.job.sha256, "frozen": frozen})
 
 
-def _evaluation_sums(record: Any, asked: Asked) -> MetricRecord:
-    return _as_template(record, _sums_template(asked.job))
-
-
-def _statistics(record: Any, asked: Asked) -> MetricRecord:
-    return _as_template(record, template(asked.job))
-
-
-@lru_cache(maxsize=8)
-def _sums_template(job: Job) -> Sums:
-    """The names, lengths and kinds of a task's sums, from a data set without images, as the server has them."""
-    model = open_model(job)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    sums: Sums = load_task(job.task).collect(model, Dataset.of(()), job, device)
-    return sums
-
-
-def _as_template(record: Any, template: Sums) -> MetricRecord:
-    sums = _numbers(record, {key: len(value) if isinstance(value, list) else -1 for key, value in template.items()})
-    if set(sums) != set(template):
-        raise Refused("some sums of the list are missing")
-    for key, expected in template.items():
-        if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
-            raise Refused(f"{key} counts, and is not whole")
-        if np.any(np.asarray(sums[key]) < 0):
-            raise Refused(f"{key} is negative")
-    return MetricRecord(sums)
-
-
-def _numbers(record: Any, allowed: Mapping[str, int]) -> Sums:
-    """A record of plain finite numbers, and lists of them, of allowed names and lengths (-1: one number)."""
-    found: Sums = {}
-    for key, value in record.items():
-        values = value if isinstance(value, list) else [value]
-        length = len(value) if isinstance(value, list) else -1
-        if allowed.get(key) != length:
-            raise Refused(f"{key!r} is not on the list, or has another length")
-        if not all(type(item) in (int, float) and math.isfinite(item) for item in values):
-            raise Refused(f"{key} holds what is no finite number")
-        found[key] = list(value) if isinstance(value, list) else value
-    return found
-
-
 KINDS: dict[str, dict[str, Check]] = {
     "query": {"metrics": _survey_counts, "facts": _facts},
-    "query.survey": {"metrics": _statistics},
+    "query.survey": {"metrics": statistics},
     "train": {"arrays": _update, "metrics": _training_figures},
     "train.scaffold": {"arrays": _update, "metrics": _training_figures, "control": control},
-    "evaluate": {"metrics": _evaluation_sums},
-    "evaluate.personal": {"metrics": _evaluation_sums},
+    "evaluate": {"metrics": evaluation_sums},
+    "evaluate.personal": {"metrics": evaluation_sums},
+    "evaluate.subgroups": {"metrics": subgroup_sums},
     # Secure aggregation: public keys and commitments, sealed and open shares of seeds, see shared.masking.
     "train.keys": {"keys": byte_strings(mask=32, seal=32, commitment=32)},
     "train.shares": {"shares": byte_list("sealed", 60)},

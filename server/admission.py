@@ -19,6 +19,7 @@ from shared.cases import SPLITS
 from shared.codecs import CHANGE, Coding, coding, decode, length
 from shared.config import Job
 from shared.sitefile import SITE_NAME
+from shared.subgroups import group_sums, groups_of, sums_of_groups
 from shared.tasks import Sums
 from shared.weights import control_scale
 
@@ -50,7 +51,8 @@ class Place:
 class Update(NamedTuple):
     """A reply in order: its weight in the mean, its arrays, and the site's numbers.
 
-    ``losses`` are those of parts; ``epsilon`` is what was ever spent on the site's images, NaN without DP.
+    ``losses`` are those of parts; ``epsilon`` is what was ever spent on the site's images, NaN without DP; ``seconds``
+    is how long it trained, NaN where it does not say.
     """
 
     weight: float
@@ -60,6 +62,7 @@ class Update(NamedTuple):
     loss: float
     losses: list[float]
     epsilon: float
+    seconds: float = math.nan
     beside: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012  other records of arrays, where the job asks for them
 
     def told(self, parts: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +70,8 @@ class Update(NamedTuple):
         told = {"weight": self.weight, "steps": self.steps, "images": self.images, "loss": self.loss}
         several = len(parts) == len(self.losses) > 1
         losses = {"losses": dict(zip(parts, self.losses, strict=True))} if several else {}
-        return told | losses | ({} if math.isnan(self.epsilon) else {"epsilon": self.epsilon})
+        more = {"epsilon": self.epsilon, "train_seconds": self.seconds}
+        return told | losses | {name: value for name, value in more.items() if not math.isnan(value)}
 
 
 def status(reply: Message | None) -> Mapping[str, object]:
@@ -176,7 +180,7 @@ def admit(
     if job.federation.correction == "fednova" and not 0 < numbers[0] <= job.local_steps(surveyed):
         raise Dropped("bad-weight")  # there the steps weigh, too
     weight = _weight(job, float(examples), numbers[1], numbers[2])
-    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"), more)
+    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"), _number(metrics, "seconds"), more)
 
 
 def _weight(job: Job, examples: float, seen: int, loss: float) -> float:
@@ -262,6 +266,41 @@ def admit_sums(reply: Message | None, template: Sums, task: ModuleType, job: Job
     Raises:
         Dropped: with the reason.
     """
+    sums = admit_form(reply, template)
+    _require_counts(sums, task, job, surveyed)
+    return sums
+
+
+def _require_counts(sums: Sums, task: ModuleType, job: Job, surveyed: int) -> None:
+    if sums["n"] > surveyed or not task.consistent(sums, job):  # type: ignore[operator]
+        raise Dropped("wrong-sums")
+
+
+def admit_groups(reply: Message | None, template: Sums, task: ModuleType, job: Job, surveyed: int) -> dict[str, Sums]:
+    """The sums of each of the job's subgroups, each held against the same as those of an evaluation; the groups of one
+    dimension are not more than the site's images.
+
+    Raises:
+        Dropped: with the reason.
+    """
+    groups = groups_of(job)
+    found = sums_of_groups(admit_form(reply, group_sums(dict.fromkeys(groups, template))), groups)
+    counted: dict[str, int] = {}
+    for name, sums in found.items():
+        _require_counts(sums, task, job, surveyed)
+        dimension, _ = groups[name]
+        counted[dimension] = counted.get(dimension, 0) + int(sums["n"])  # type: ignore[arg-type]
+    if any(images > surveyed for images in counted.values()):
+        raise Dropped("wrong-sums")
+    return found
+
+
+def admit_form(reply: Message | None, template: Sums) -> Sums:
+    """The sums of a reply that have the keys, lengths and kinds of ``template``, and nothing negative or infinite.
+
+    Raises:
+        Dropped: with the reason.
+    """
     status(reply)
     assert reply is not None
     if set(reply.content.metric_records) != {"metrics"}:
@@ -276,8 +315,6 @@ def admit_sums(reply: Message | None, template: Sums, task: ModuleType, job: Job
             raise Dropped("not-finite")
         if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
             raise Dropped("wrong-sums")
-    if sums["n"] > surveyed or not task.consistent(sums, job):  # type: ignore[operator]
-        raise Dropped("wrong-sums")
     return sums
 
 

@@ -22,6 +22,7 @@ from server.record import (
     spans,
     value_of,
 )  # fmt: skip
+from server.report_fair import fairness, matrix, operating, times
 from server.report_parts import Markup, bullets, esc, folded, paragraph
 from server.report_style import PAGE, SCRIPT, STYLE, THEMES
 from server.report_tables import data, further, job, results, sites, versions
@@ -73,13 +74,13 @@ def write_report(folder: Path, store: str = "") -> Path:
         title=esc(record.job.name),
         head=_head(record),
         warnings=_warnings(record),
-        results=results(record) + further(record),
-        sites=sites(record),
+        results=results(record) + further(record) + operating(record),
+        sites=sites(record) + fairness(record) + matrix(record),
         figures="".join(_figure(k, name, figure.layout.meta) for k, (name, figure) in enumerate(figures.items())),
         pictures=_pictures(record),
         data=data(record),
         job=job(record),
-        versions=versions(record),
+        versions=versions(record) + times(record),
         # In a script element only "<" could end it; within JSON it may be spelt out.
         json=content.replace("<", "\\u003c"),
         plotly=get_plotlyjs(),

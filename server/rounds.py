@@ -22,11 +22,11 @@ from server.algorithm import Algorithm, TooFew
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
 from server.corrections import weight_of_all, with_own_rounds
-from server.evaluation import evaluated, rows, to_judge
+from server.evaluation import better, evaluate, evaluate_personal, evaluate_subgroups, kept
 from server.roll import await_sites, call, shortfall
 from server.sampling import pass_on, sample
 from server.secure import SecureRound
-from server.store import Store, read_events, write_pictures, write_text
+from server.store import Store, read_events, write_text
 from server.wire import LATE, Content, Line
 from shared import __version__
 from shared.config import Job
@@ -34,7 +34,7 @@ from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
 from shared.tasks import TASKS, Sums, load_task
 from shared.training import pick_device
-from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names, whole
+from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names
 
 Arrays = dict[str, Tensor]
 
@@ -144,7 +144,7 @@ class Run:
         metric = self.job.best_metric
         value = metrics.get(metric, NOTHING).value
         sign = TASKS[self.job.task].metrics[metric]
-        if math.isnan(value) or (not math.isnan(self.best.value) and sign * value <= sign * self.best.value):
+        if not better(value, self.best.value, sign):
             return
         self.best = Best(number, value, arrays)
         self.checkpoint.keep_best(self.best, self._facts(number))
@@ -159,13 +159,16 @@ class Run:
             self.store.add("warning", text="no validation image at any site: the last round is the model that is kept")
             self.best = Best(job.federation.rounds, math.nan, last)
             self.checkpoint.keep_best(self.best, self._facts(job.federation.rounds))
+        self.store.add("kept", round=self.best.round, **kept(self))
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
         self.evaluate(self.best.arrays, self.best.round, "test")
         if keeps_own(job) and self.jury is None:
-            self._personal(self.best.arrays, self.best.round)
+            evaluate_personal(self, self.best.arrays, self.best.round)
         if not any(place.images["test"] for place in self.places):
             self.store.add("warning", text="no test image at any site: no test figure can be given")
+        elif job.evaluation.subgroups and self.jury is None and not self.is_reference:
+            evaluate_subgroups(self, self.best.arrays, self.best.round)
         return {
             "best_round": self.best.round,
             "seconds": round(seconds, 1),
@@ -237,6 +240,7 @@ class Run:
             RunFailed: fewer replies than the quorum were in order.
         """
         started = time.monotonic()
+        self.line.took.clear()
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         places = self.sample(number)
@@ -278,7 +282,7 @@ class Run:
         except TooFew:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": self.line.weighed()}
+        facts = {"trained": self._timed(trained), "dropped": dropped, "seconds": seconds, "bytes": self.line.weighed()}
         self.store.add("round", round=number, **facts, **noised)
         self._require(len(trained), dropped, f"in round {number}")
         return self.line.step(arrays, merged, number)
@@ -289,37 +293,19 @@ class Run:
         secure = SecureRound(self._exchange, places, arrays, config, self.job, self.parts)
         merged = secure.run()
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": secure.trained, "dropped": secure.dropped, "secure": secure.facts}
+        facts = {"trained": self._timed(secure.trained), "dropped": secure.dropped, "secure": secure.facts}
         self.store.add("round", round=number, **facts, seconds=seconds, bytes=self.line.weighed())
         lost = [*secure.dropped, *secure.facts["silent"]]
         self._require(secure.left, lost, f"in round {number}", secure.needed)
         return self.algorithm.step(arrays, merged, number)
 
+    def _timed(self, trained: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a round with the seconds from the question to each site's reply."""
+        return [row | {"seconds": round(self.line.took[row["site"]], 3)} for row in trained]
+
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
-        content = to_judge(arrays, self._config(number, split=split), self.reference)
-        able = [place for place in self.places if place.images[split] and (place.images["train"] or whole(self.job))]
-        answers = self._exchange(MessageType.EVALUATE, self.line.addressed(content, arrays, number), able, number)
-        facts, metrics = evaluated(answers, split, self.template, self.task, self.job)
-        facts = {"round": number, "split": split, **facts}
-        if self.heldout is not None and whole(self.job):
-            own = self.task.collect(self._model_of(arrays), self.heldout, self.job, self.device)
-            facts["server"] = rows(self.task.summarise(own, self.job))
-            facts["server_images"] = own["n"]
-        if hasattr(self.task, "show") and whole(self.job):
-            pictures = self.task.show(self._model_of(arrays), self.job)
-            facts["pictures"] = write_pictures(self.folder / "pictures", pictures, f"{split}-{number:06}")
-        self.store.add("evaluation", **facts)
-        return metrics
-
-    def _personal(self, arrays: Arrays, number: int) -> None:
-        """Let each site make its own model of the one that was kept, and test it; stored beside the global one's."""
-        config = self._config(number, **{"split": "test", "class-weights": [float(w) for w in self.class_weights]})
-        content = to_judge(arrays, config, self.reference)
-        able = [place for place in self.places if place.images["train"]]
-        answers = self._exchange(f"{MessageType.EVALUATE}.personal", content, able, number)
-        facts, _ = evaluated(answers, "test", self.template, self.task, self.job)
-        self.store.add("personal", round=number, **facts)
+        return evaluate(self, arrays, number, split)
 
 
 def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") -> Arrays:

@@ -65,6 +65,9 @@ class Line:
         self.changes: dict[int, np.ndarray] = {}
         self.has: dict[str, int] = {}  # the round whose model each site has
         self.moved: dict[str, tuple[int, int]] = {}  # bytes of arrays to and from each site since ``weighed``
+        self.took: dict[
+            str, float
+        ] = {}  # seconds from question to reply by site, until cleared
 
     def held(self) -> dict[str, Arrays]:
         """What the checkpoint must keep."""
@@ -109,9 +112,11 @@ class Line:
         places = list(places)
         own = content if callable(content) else lambda _: content
         messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
-        answers = replies(grid, messages, self.job.federation.round_timeout)
+        came: list[float] = []
+        answers = replies(grid, messages, self.job.federation.round_timeout, came)
         for place, message, reply in zip(places, messages, answers, strict=True):
             self._weigh(place, message, reply)
+            self.took[place.name] = self.took.get(place.name, 0.0) + came[-1]
             if isinstance(content, Addressed):
                 if _lost(reply):
                     self.has.pop(place.name, None)

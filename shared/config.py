@@ -24,6 +24,7 @@ from shared.pairs import check_federation
 from shared.rules import check_rules
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
 from shared.strategies import AGGREGATORS, STRATEGIES, resolve
+from shared.subgroups import parse_subgroups
 from shared.tasks import TASKS
 
 __all__ = [
@@ -227,6 +228,8 @@ def _check_together(job: Job) -> None:
         )
     if job.data.format not in (*facts.formats, "cases"):
         raise UserError(f"data.format = {job.data.format!r}: {job.task} reads {', '.join(facts.formats)}")
+    if parse_subgroups(job.evaluation.subgroups) and job.task == "generation":
+        raise UserError("evaluation.subgroups: invented images have no patients; leave it out")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
     check_federation(job)

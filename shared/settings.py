@@ -253,6 +253,22 @@ class Evaluation:
         10, "validate the global model at the sites every so many rounds, and after the last", low=1, high=1_000_000
     )
     best_metric: str = knob("", "the validation metric that picks the best round; '' is the task's first")
+    operating_point: str = knob(
+        "youden",
+        "how the probability from which the answer is yes is chosen on the validation images: largest sensitivity + "
+        "specificity; at least operating_value of either; or operating_value itself",
+        choices=("youden", "sensitivity", "specificity", "fixed"),
+    )
+    operating_value: float = knob(
+        0.9,
+        "the least sensitivity or specificity on validation images, or the fixed probability",
+        low=0.0,
+        high=1.0,
+    )
+    subgroups: str = knob(
+        "",
+        "test figures by group where sites allow it, as 'sex, age=18|65, scanner=Siemens|GE, column=value|value'",
+    )
     batch_size: int = knob(128, "images per forward pass", low=1, high=65_536)
     overlap: float = knob(0.25, "segmentation: share by which sliding windows overlap", low=0.0, high=0.9)
     samples: int = knob(500, "generation: invented images per evaluation", low=2, high=100_000)

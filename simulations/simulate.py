@@ -15,6 +15,7 @@ from flwr.app import Context, RecordDict
 from server.app import app as server_app
 from server.database.engine import open_database
 from server.heldout import load_heldout
+from server.results import cross_site as cross_site_of
 from server.results import run_scores
 from server.rounds import Run, RunFailed, train_reference
 from server.store import Event, fresh_folder, listening, write_json
@@ -44,6 +45,7 @@ def run(
     *,
     workers: int | None = None,
     baselines: bool = False,
+    cross_site: bool = False,
     heldout: str | Path | None = None,
     observe: Observer | None = None,
     store: str = "",
@@ -63,6 +65,7 @@ def run(
         workers: worker processes, one thread each; default one per core, of the cluster with ``engine="ray"``, or
             one per place on ``devices``. The result does not depend on it.
         baselines: also train each site alone and all sites pooled, with the same total number of gradient steps.
+        cross_site: train each site alone, with the same number of steps, and test each of these models at every site.
         heldout: a site.toml of images the server holds itself.
         observe: called with every event of every run.
         store: the database that shows the run, a path or ``postgresql://…``; default consilium.sqlite beside ``out``.
@@ -96,7 +99,7 @@ def run(
         nodes = [node_of(folder / "sites", file) for file in files]
         judged = job.replace(**{key: PLAIN[key] for key in _OF_SITES})  # baselines are whole models
         jury = Run(_grid(pool, nodes, judged, folder, 1), judged, folder / "baselines", store=None)
-        if baselines and hasattr(jury.task, "reference"):
+        if (baselines or cross_site) and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
             with _heard(REFERENCE, observe):
                 jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder, store)
@@ -105,14 +108,16 @@ def run(
         if federated:
             runs[FEDERATED] = _federated(_grid(pool, nodes, job, folder, 0, extra))
         others = {}
-        if baselines:
+        if baselines or cross_site:
             # Too few sites: the federated run will say so, where there is one.
             with contextlib.suppress(*([RunFailed] if federated else [])):
                 jury.survey(fresh=False)
-                others = _baselines(pool, files, jury, store)
+                others = _baselines(pool, files, jury, store, pooled=baselines)
         failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= ({FEDERATED: run_scores(folder)} if federated else {}) | _collect(others)
+    if cross_site and federated:
+        result["cross_site"] = cross_site_of(result, job.best_metric)
     write_json(folder / "result.json", result)
     if federated and pages:
         _write_pages(folder, store)
@@ -221,8 +226,12 @@ def _of_one(job: Job) -> dict[str, Scalar]:
     return alone
 
 
-def _baselines(pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, store: str) -> dict[str, Run]:
-    """A federation of one for each site alone and for all sites pooled.
+def _baselines(
+    pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, store: str, pooled: bool
+) -> dict[str, Run]:
+    """A federation of one for each site alone and, if wanted, for all sites pooled.
+    if cross_site and federated:
+        result["cross_site"] = cross_site_of(result, job.best_metric)
 
     Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
     augmentation and schedule; each is tested on all sites' test images.
@@ -243,7 +252,7 @@ def _baselines(pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, sto
     homes = jury.folder
     named = {read_site(file).name: file for file in files}
     runs: dict[str, Run] = {}
-    models = {POOLED: list(named.values())}
+    models = {POOLED: list(named.values())} if pooled else {}
     # No site's name has a blank in it, so that a site called "pooled" is not taken for the pooled baseline.
     models |= {f"only {place.name}": [named[place.name]] for place in jury.places if place.images["train"]}
     for model, chosen in models.items():

@@ -24,6 +24,7 @@ EXPLAINED = {
     },
     "evaluate": {"metrics": "sums over them"},
     "evaluate.personal": {"metrics": "your own model"},
+    "evaluate.subgroups": {"metrics": "sums over the test images of each group"},
     "train.keys": {"keys": "public keys"},
     "train.shares": {"shares": "sealed shares"},
     "train.masked": {"arrays": "under masks"},

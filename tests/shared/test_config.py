@@ -277,7 +277,7 @@ def other(key: str) -> Any:
     if item.metadata["choices"]:
         return next((word for word in item.metadata["choices"] if word != item.default), None)
     special: dict[str, Any] = {"evaluation.best_metric": "loss", "data.channels": 3, "data.classes": "abnormal,normal"}
-    special["privacy.delta"] = 1e-6
+    special |= {"privacy.delta": 1e-6, "evaluation.subgroups": "sex"}
     special |= {"data.harmonise": "polarity,zscore", "data.landmarks": ".1 .2 .25 .3 .4 .5 .6 .7 .8 .85 .9"}
     if key in special:
         return special[key]
