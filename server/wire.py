@@ -65,9 +65,7 @@ class Line:
         self.changes: dict[int, np.ndarray] = {}
         self.has: dict[str, int] = {}  # the round whose model each site has
         self.moved: dict[str, tuple[int, int]] = {}  # bytes of arrays to and from each site since ``weighed``
-        self.took: dict[
-            str, float
-        ] = {}  # seconds from question to reply by site, until cleared
+        self.took: dict[str, float] = {}  # seconds from question to reply by site, until cleared
 
     def held(self) -> dict[str, Arrays]:
         """What the checkpoint must keep."""
