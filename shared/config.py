@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
-from shared.local_pairs import check_local
-from shared.pairs import check_federation
+from shared.pairs import check_pairs
 from shared.rules import check_rules
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
 from shared.strategies import AGGREGATORS, STRATEGIES, resolve
@@ -232,11 +231,10 @@ def _check_together(job: Job) -> None:
         raise UserError("evaluation.subgroups: invented images have no patients; leave it out")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
-    check_federation(job)
+    check_pairs(job)
     data = job.data
     check_rules(data.harmonise, data.landmarks, data.channels, data.spacing, job.task, bool(job.modalities))
     _check_privacy(job)
-    check_local(job)
     if job.privacy.secure_aggregation:
         _check_secure(job)
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from client.app import app
 from client.egress import Asked, Refused, checked
-from client.workspace import Moments, open_workspace
+from client.memory import Memory
+from client.wire import LATE
+from client.workspace import open_workspace
 from shared.codecs import CHANGE, CODECS, Coding, coding, decode, encode, length, residual, with_residual
 from shared.config import Job
 from shared.tasks import load_task
@@ -120,9 +122,9 @@ def test_what_a_round_leaves_out_goes_with_the_next(job: Job, three_sites: Path)
             assert (got[name] - target[name]).abs().max() <= size * (0.01 if job.federation.codec == "int8" else 1)
         late = residual(target, got)
         model = got
-    kept = Moments(site, "7", job, "late")
+    kept = Memory(site, "7", job, LATE)
     assert sorted(path.stem for path in kept.folder.iterdir()) == ["2", "3"]  # the last two rounds, no more
-    stored = kept.exactly(3)
+    stored = kept.exactly(LATE, 3)
     assert stored is not None
     assert all(torch.allclose(stored[name], late[name], atol=1e-6) for name in late)
 
@@ -168,12 +170,12 @@ def test_what_is_late_does_not_carry_a_change_over_the_sites_bound(
     plain = whole(three_sites / "b", job.replace(federation__codec="none"), model, 1)["arrays"].to_torch_state_dict()
     bound = 1.3 * norm(model, plain)  # b's change is about as long as a's
     workspace = open_workspace({"site": str(site / "site.toml")}, {}, job)
-    Moments(workspace.home, "7", job, "late").save(1, residual(moved(plain, 3), model))
+    Memory(workspace.home, "7", job, LATE).save(1, {LATE: residual(moved(plain, 3), model)})
     (site / "site.toml").write_text((site / "site.toml").read_text() + f"\n[privacy]\nmax_update_norm = {bound}\n")
     reply = whole(site, job, model, 1)
     assert reply["status"]["code"] == ""
     assert norm(model, reached(reply, model, job)) <= bound
-    late = Moments(workspace.home, "7", job, "late").exactly(2)
+    late = Memory(workspace.home, "7", job, LATE).exactly(LATE, 2)
     assert late is not None
     assert sum(float(array.square().sum()) for array in late.values()) > 0
 

@@ -399,7 +399,7 @@ def test_what_needs_single_replies_is_refused_together_with_secure_aggregation()
     secure = {"privacy.secure_aggregation": True, "federation.max_update_norm": 0.5}
     noised = {"privacy.epsilon": 1.0, "train.class_weights": "none"}
     text = refused(secure | noised | {"privacy.dp": "central"})
-    assert text.startswith("privacy.dp = 'central'")
+    assert text.startswith('privacy.dp = "central"')
     assert "privacy.secure_aggregation" in text
     job_from_flat(noised | {"privacy.dp": "central"})
     job_from_flat(secure | noised | {"privacy.dp": "local"})
