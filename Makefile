@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench docs audit clean
+.PHONY: demo test lint bench bench-gpu docs audit clean
 
 # The environment, rebuilt when the project's dependencies change. The CUDA build of torch is large: minutes, once.
 $(VENV)/demo: pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ lint: $(VENV)/test
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.engine --peers --scale --write
+
+# Training on a GPU against loops written by hand; without a GPU in small, which says so.
+bench-gpu: $(VENV)/test
+	$(BIN)/python -m benchmarks.gpu
 
 # The documentation as a site that opens without a network: site/index.html.
 docs: $(VENV)/test

@@ -13,6 +13,7 @@ ours is in plain's way. Prints test figures by seed, and the difference, paired 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import tempfile
 from collections.abc import Callable
@@ -131,10 +132,11 @@ def compare(name: str, base: Job, data: Path, seeds: list[int], folder: Path) ->
     metric, sign = base.best_metric, TASKS[base.task].metrics[base.best_metric]
     rounds = base.federation.rounds
     short = base.replace(evaluation__every=max(rounds // 20, 1))
+    times = min(LONG, rounds)
     long = short.replace(
-        federation__rounds=max(rounds // LONG, 1),
-        train__local_steps=LONG * base.train.local_steps,
-        evaluation__every=max(short.evaluation.every // LONG, 1),
+        federation__rounds=rounds // times,
+        train__local_steps=times * base.train.local_steps,
+        evaluation__every=max(short.evaluation.every // times, 1),
     )
     found: dict[str, dict[int, float]] = {"ours": {}, "plain, short rounds": {}, "plain, long rounds": {}}
     for seed in seeds:
@@ -167,6 +169,7 @@ def main() -> None:
         f"{metric_name(job.best_metric)} on the test images, {steps} gradient steps at each site, seeds {asked.seeds}"
     )
     torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # it tells of every round
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.strategies:
             if name in STRATEGIES:

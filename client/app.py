@@ -13,23 +13,33 @@ from dataclasses import replace
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor, nn
 
 from client import lazy, secure
-from client.counts import require_cells, survey_counts, training_figures
-from client.egress import Asked, Refused, records, release
+from client.corrections import SiteCorrection
+from client.counts import require_cells, rows_of, survey_counts, training_figures
+from client.egress import kind_of, records, release
+from client.egress_base import Asked, Refused
 from client.egress_log import ASKED
+from client.memory import Memory
+from client.personal import make_personal, put_home, take_home, train_beside
 from client.private_round import train_on_budget
+from client.subgroups import told_groups
 from client.survey import statistics
-from client.workspace import Moments, Workspace, find_sites, open_model, open_workspace, run_name, write_log
+from client.wire import opened, packed
+from client.workspace import Workspace, find_sites, open_model, open_workspace, run_name, write_log
 from shared.config import Job, job_from_flat
+from shared.corrections import Correction
 from shared.errors import SiteRefusal, UserError
+from shared.imaging.dataset import Dataset
 from shared.imaging.errors import explained
 from shared.norms import is_private
 from shared.packing import pack, unpack
+from shared.subgroups import group_sums
 from shared.tasks import load_task
-from shared.training import pick_device
+from shared.training import Trained, pick_device
 from shared.training import train as train_locally
-from shared.weights import REFERENCE, exchanged, frozen_digest, put
+from shared.weights import REFERENCE, exchanged, frozen_digest, keeps_own, put
 
 Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
 
@@ -57,9 +67,11 @@ def _answer(message: Message, context: Context, answer: Answer, kind: str = "") 
     _log(context, f"came: {_request(kind, message, context)}")
     try:
         job = _job(message, context)
+        kind = kind_of(kind, job)
         workspace = open_workspace(context.node_config, context.run_config, job)
-        asked = Asked(job, workspace, message.content)
-        content = answer(message, context, job, workspace)
+        whole = opened(message, context, job, workspace)
+        asked = Asked(job, workspace, whole.content)
+        content = answer(whole, context, job, workspace)
         _log(context, f"done in {time.monotonic() - started:.2f} s")
     except SiteRefusal as refusal:
         code = refusal.code
@@ -121,7 +133,7 @@ def query(message: Message, context: Context) -> Message:
 
 def _query(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     if message.content["config"].get("fresh", True):
-        Moments(workspace.home, run_name(context), job).forget(after=_round(message))
+        Memory(workspace.home, run_name(context), job).forget(after=_round(message))
     for skip in workspace.data.skipped:
         write_log(workspace.home, f"left out, cannot be read: {explained(skip.path, skip.code, skip.detail)}")
     metrics = survey_counts(workspace.told, len(workspace.data.skipped))
@@ -142,7 +154,7 @@ def train(message: Message, context: Context) -> Message:
 def _train_plain(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     if job.privacy.secure_aggregation:
         raise SiteRefusal("secure-aggregation-required", "asked for its model in plain, which the job does not do")
-    return _train(message, context, job, workspace)
+    return packed(_train(message, context, job, workspace), message, context, job, workspace)
 
 
 # Secure aggregation: the same training, but the model leaves masked.
@@ -154,47 +166,77 @@ app.train("unmask")(lambda message, context: _answer(message, context, secure.un
 
 def _train_in_plain_form(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     """The model after a round as the gate would let it out in plain: of what is masked the gate sees nothing later."""
-    return records("train", _train(message, context, job, workspace), Asked(job, workspace, message.content))
+    reply = _train(message, context, job, workspace)
+    return records(kind_of("train", job), reply, Asked(job, workspace, message.content))
 
 
 def _train(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     """The model after a round and its figures."""
-    config = message.content["config"]
-    round_ = _round(message)
-    model = open_model(job)
-    put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
-    moments = Moments(workspace.home, run_name(context), job)
-    held = moments.load(round_) if job.train.keep_optimizer else None
+    config, round_ = message.content["config"], _round(message)
+    model, common = open_model(job), message.content.array_records["arrays"].to_torch_state_dict()
+    memory = Memory(workspace.home, run_name(context), job)
+    put(model, common, job)
+    put_home(model, job, memory, round_)
+    correction = SiteCorrection(model, job, message, memory)
     weights: list[float] = list(config["class-weights"])  # type: ignore[arg-type]
-    epsilon = None
+    held = memory.load("moments", round_) if job.train.keep_optimizer else None
+    began = time.monotonic()
+    trained, epsilon = _steps(model, job, workspace, message, context, weights, held, correction.term)
+    facts = (trained.steps, trained.images, trained.losses, epsilon, time.monotonic() - began)
+    metrics = training_figures(workspace.told["train"], job, *facts)
+    kept, beside = correction.after()
+    if job.train.keep_optimizer:
+        kept["moments"] = trained.moments
+    reply = RecordDict({"arrays": lazy.record_of(exchanged(model, job)), "metrics": MetricRecord(metrics)})
+    for name, arrays in beside.items():
+        reply[name] = lazy.record_of(arrays)
+    kept |= take_home(model, job)
+    kept |= train_beside(model, job, workspace, memory, common, round_, weights)
+    if kept:
+        best = int(config.get("best", 0))  # type: ignore[arg-type]
+        memory.save(round_, kept, needed=(correction.heard, best))
+    return reply
+
+
+def _steps(
+    model: nn.Module,
+    job: Job,
+    workspace: Workspace,
+    message: Message,
+    context: Context,
+    weights: list[float],
+    moments: dict[str, Tensor] | None,
+    correction: Correction | None,
+) -> tuple[Trained, float | None]:
+    """A round's gradient steps, and under DP the epsilon that was ever spent."""
+    round_ = _round(message)
     if is_private(job):
-        examples = float(config.get("examples", 0.0))  # type: ignore[arg-type]
-        trained, epsilon = train_on_budget(
+        return train_on_budget(
             model,
             job,
             workspace,
             f"{job.name[:12]}-{job.sha256[:6]}-{run_name(context)}",
             round_,
             weights,
-            examples=examples,
-            moments=held,
+            examples=float(message.content["config"].get("examples", 0.0)),  # type: ignore[arg-type]
+            moments=moments,
+            correction=correction,
         )
-    else:
-        trained = train_locally(
-            model,
-            load_task(job.task),
-            workspace.data.subset("train"),
-            job,
-            site=workspace.name,
-            first_step=(round_ - 1) * job.train.local_steps,
-            steps=job.train.local_steps,
-            class_weights=weights,
-            moments=held,
-        )
-    if job.train.keep_optimizer:
-        moments.save(round_, trained.moments)
-    metrics = training_figures(workspace.told["train"], job, trained.steps, trained.images, trained.losses, epsilon)
-    return RecordDict({"arrays": lazy.record_of(exchanged(model, job)), "metrics": MetricRecord(metrics)})
+    steps = job.local_steps(workspace.told["train"].images)
+    trained = train_locally(
+        model,
+        load_task(job.task),
+        workspace.data.subset("train"),
+        job,
+        site=workspace.name,
+        first_step=(round_ - 1) * steps,
+        steps=steps,
+        total=job.federation.rounds * steps,
+        class_weights=weights,
+        moments=moments,
+        correction=correction,
+    )
+    return trained, None
 
 
 @app.evaluate()
@@ -204,16 +246,61 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _evaluate(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    model, data = _tested(message, context, job, workspace)
+    return _sums(model, data, job)
+
+
+def _tested(message: Message, context: Context, job: Job, workspace: Workspace) -> tuple[nn.Module, Dataset]:
+    """The global model, completed by what of it stays at the site, and the images of the split, where figures over them
+    may leave."""
     split = str(message.content["config"]["split"])
     require_cells(workspace.told, split)
     model = open_model(job)
-    device = pick_device(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
+    put_home(model, job, Memory(workspace.home, run_name(context), job), _round(message) + 1)
+    return _measured(model, message, job), workspace.data.subset(split)
+
+
+def _measured(model: nn.Module, message: Message, job: Job) -> nn.Module:
+    """The model on its device, with the network that it is measured by, if any."""
     if REFERENCE in message.content.array_records:
         reference = message.content.array_records[REFERENCE].to_torch_state_dict()
         model.get_submodule(REFERENCE).load_state_dict(reference)
-    data = workspace.data.subset(split)
+    return model.to(pick_device(job))
+
+
+def _sums(model: nn.Module, data: Dataset, job: Job) -> RecordDict:
     if is_private(job):
         data = replace(data, origin=data)  # no figure is to look at the training images beside the noise
-    sums = load_task(job.task).collect(model.to(device), data, job, device)
+    sums = load_task(job.task).collect(model, data, job, pick_device(job))
     return RecordDict({"metrics": MetricRecord(sums)})
+
+
+@app.evaluate("personal")
+def evaluate_personal(message: Message, context: Context) -> Message:
+    """The sums of the site's own model on its test images, after it was made and saved here."""
+    return _answer(message, context, _personal)
+
+
+def _personal(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    if not keeps_own(job):
+        raise SiteRefusal("wrong-stage", "asked for a model of its own, which the job does not make")
+    model = open_model(job)
+    put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
+    make_personal(model, job, workspace, message, context)
+    require_cells(workspace.told, "test")
+    return _sums(_measured(model, message, job), workspace.data.subset("test"), job)
+
+
+@app.evaluate("subgroups")
+def evaluate_subgroups(message: Message, context: Context) -> Message:
+    """The sums of the global model on the test images of each of the job's groups that the site's rules name."""
+    return _answer(message, context, _evaluate_subgroups, "evaluate.subgroups")
+
+
+def _evaluate_subgroups(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    model, data = _tested(message, context, job, workspace)
+    task, device = load_task(job.task), pick_device(job)
+    groups = told_groups(workspace, job, str(message.content["config"]["split"]))
+    sums = {name: task.collect(model, rows_of(data, rows), job, device) for name, rows in groups.items()}
+    return RecordDict({"metrics": MetricRecord(group_sums(sums))})

@@ -58,19 +58,26 @@ def _tell(data: Dataset, split: str, job: Job, policy: Policy) -> Told:
     if len(rows) < policy.min_cell:
         return Told(0, [0] * len(counts), [], not len(data), bool(len(data)))
     counts = [
-        0 if hidden else count for count, hidden in zip(task.count_classes(_rows(data, rows), job), small, strict=True)
+        0 if hidden else count
+        for count, hidden in zip(task.count_classes(rows_of(data, rows), job), small, strict=True)
     ]
     return Told(len(rows), counts, rows, not small.any(), bool(small.any()))
+
+
+def is_small(data: Dataset, rows: list[int], job: Job, policy: Policy) -> bool:
+    """Whether some images are fewer than ``min_cell``, or those of a class are, and more than none."""
+    return _tell(rows_of(data, rows), "test", job, policy).small
 
 
 def _shown(data: Dataset, job: Job, classes: int) -> np.ndarray:
     """bool (n, classes): which image is counted in which class, be it for one box or for many."""
     task = load_task(job.task)
-    found = [task.count_classes(_rows(data, [row]), job) for row in range(len(data))]
+    found = [task.count_classes(rows_of(data, [row]), job) for row in range(len(data))]
     return np.array(found, dtype=np.int64).reshape(-1, classes) > 0
 
 
-def _rows(data: Dataset, rows: list[int]) -> Dataset:
+def rows_of(data: Dataset, rows: list[int]) -> Dataset:
+    """Some images of a data set; nothing is copied."""
     columns = {name: column.rows(rows) for name, column in data.columns.items()}
     return Dataset(columns, tuple(data.samples[i] for i in rows))
 
@@ -94,12 +101,19 @@ def require_cells(told: Mapping[str, Told], split: str) -> None:
 
 
 def training_figures(
-    told: Told, job: Job, steps: int, images: int, losses: tuple[float, ...], epsilon: float | None = None
+    told: Told,
+    job: Job,
+    steps: int,
+    images: int,
+    losses: tuple[float, ...],
+    epsilon: float | None = None,
+    seconds: float = 0.0,
 ) -> Sums:
-    """What goes with a trained model: a weight and the steps; without DP and with exact counts, images seen and losses.
+    """What goes with a trained model: a weight and the steps; without DP and with exact counts, images seen, losses and
+    the seconds that the training took.
 
-    Both others would tell what the rules keep back: under DP a loss is no noised figure, and a number of images seen
-    gives away how many there are.
+    These would tell what the rules keep back: under DP a loss is no noised figure, and a number of images seen, or the
+    time they take, gives away how many there are.
 
     Args:
         losses: of each part of the model, summed over the images seen.
@@ -109,7 +123,7 @@ def training_figures(
     if epsilon is not None and math.isfinite(epsilon):
         figures["epsilon"] = epsilon
     if told.exact and not is_private(job):
-        figures |= {"images": images, "loss": sum(losses)}
+        figures |= {"images": images, "loss": sum(losses), "seconds": round(seconds, 2)}
         if len(losses) > 1:
             figures["losses"] = list(losses)
     return figures

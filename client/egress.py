@@ -13,52 +13,28 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from client import egress_log, lazy
+from client import egress_log
 from client.counts import survey_counts
+from client.egress_base import DTYPES, Asked, Check, Refused, opened
+from client.egress_beside import byte_list, byte_strings, control, masked
 from client.egress_entry import note
-from client.workspace import Workspace, find_sites, open_model, write_log
+from client.egress_sums import evaluation_sums, numbers, statistics, subgroup_sums
+from client.workspace import find_sites, open_model, write_log
 from shared import __version__
+from shared.codecs import CHANGE, coding, decode
 from shared.config import Job
 from shared.errors import CODES
-from shared.imaging.dataset import Dataset
 from shared.norms import is_private
 from shared.sitefile import SITE_NAME
-from shared.statistics import template
-from shared.tasks import Sums, load_task
+from shared.tasks import load_task
 from shared.weights import exchanged_names
-
-Record = ArrayRecord | MetricRecord | ConfigRecord
-
-
-# By name of kind and size, so that neither another byte order nor an object is one of them.
-_FLOATS, _WHOLE = (torch.float16, torch.float32, torch.float64), (torch.uint8, torch.int8, torch.int16, torch.int32)
-_DTYPES = {torch.empty(0, dtype=kind).numpy().dtype: kind for kind in (*_FLOATS, *_WHOLE, torch.int64, torch.bool)}
-
-
-class Refused(Exception):
-    """Something may not leave; ``str`` says what, for the site's own log."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a reply is held against: the job, the site with its rules, and the content of the message it answers."""
-
-    job: Job
-    workspace: Workspace
-    content: RecordDict
-
-
-Check = Callable[[Any, Asked], Record]
 
 
 def release(
@@ -135,6 +111,12 @@ def _status(code: str, name: str) -> ConfigRecord:
 # ---------------------------------------------------------------------- the records
 
 
+def kind_of(kind: str, job: Job) -> str:
+    """The kind of reply to a message of this type: a job may ask for more beside the trained model."""
+    own = f"{kind}.{job.federation.correction}"
+    return own if own in KINDS else kind
+
+
 def checked_update(
     arrays: Mapping[str, np.ndarray], incoming: Mapping[str, np.ndarray], asked: Asked
 ) -> dict[str, np.ndarray]:
@@ -153,7 +135,7 @@ def checked_update(
     limit, squares = asked.workspace.policy.max_update_norm, 0.0
     for name in names:
         values, expected = arrays[name], state[name]
-        if _DTYPES.get(values.dtype) != expected.dtype or values.shape != tuple(expected.shape):
+        if DTYPES.get(values.dtype) != expected.dtype or values.shape != tuple(expected.shape):
             raise Refused(f"{name} is {values.dtype} {values.shape}, not as in this model")
         if not np.isfinite(values).all():
             raise Refused(f"{name} is not finite")
@@ -174,29 +156,18 @@ def _statistics_of(model: nn.Module) -> set[str]:
 
 
 def _update(record: Any, asked: Asked) -> ArrayRecord:
-    opened = {name: _opened(array) for name, array in record.items()}
-    needed = asked.workspace.policy.max_update_norm or is_private(asked.job)
-    incoming = asked.content.array_records["arrays"] if needed else {}
-    checked_update(
-        {name: values for name, (values, _) in opened.items()},
-        {name: array.numpy() for name, array in incoming.items()},
-        asked,
-    )
-    return ArrayRecord({name: array for name, (_, array) in opened.items()})
-
-
-def _opened(array: Array) -> tuple[np.ndarray, Array]:
-    """The numbers of an array, and an array made of them alone: as it comes it may hold other words and more bytes."""
-    numbers = lazy.numbers_of(array)
-    if type(numbers) is lazy.Kept:  # not written out yet, and nobody can write to it: shared with the new array
-        return numbers.frozen(), lazy.array_of(lazy.Kept(numbers.frozen()))
-    dtype, shape = np.dtype(array.dtype), tuple(array.shape)
-    head = lazy.header(dtype.str, shape)
-    if array.data.startswith(head) and len(array.data) == len(head) + dtype.itemsize * math.prod(shape):
-        values = np.frombuffer(array.data, dtype, offset=len(head)).reshape(shape)
-        return values, Array(str(values.dtype), values.shape, "numpy.ndarray", array.data)  # the bytes are not copied
-    values = np.ascontiguousarray(array.numpy())
-    return values, Array(values)
+    found = {name: opened(array) for name, array in record.items()}
+    arrays = {name: values for name, (values, _) in found.items()}
+    how = coding(asked.job) if list(arrays) == [CHANGE] else None  # then it is the model it leads to that is checked
+    needed = how or asked.workspace.policy.max_update_norm or is_private(asked.job)
+    incoming = asked.content.array_records["arrays"].to_torch_state_dict() if needed else {}
+    if how:
+        try:
+            arrays = {name: array.numpy() for name, array in decode(incoming, arrays[CHANGE], how).items()}
+        except ValueError as problem:
+            raise Refused(f"the coded change: {problem}") from None
+    checked_update(arrays, {name: array.numpy() for name, array in incoming.items()}, asked)
+    return ArrayRecord({name: array for name, (_, array) in found.items()})
 
 
 def _training_figures(record: Any, asked: Asked) -> MetricRecord:
@@ -205,19 +176,20 @@ def _training_figures(record: Any, asked: Asked) -> MetricRecord:
     if is_private(job):
         allowed["epsilon"] = -1
     elif told.exact:
-        allowed |= {"images": -1, "loss": -1, "losses": len(load_task(job.task).parts(job))}
-    figures = _numbers(record, allowed)
+        allowed |= {"images": -1, "loss": -1, "seconds": -1, "losses": len(load_task(job.task).parts(job))}
+    figures = numbers(record, allowed)
     if figures.get("num-examples") != told.images:
         raise Refused("num-examples is not the number that this site tells")
-    steps = job.train.local_steps
+    steps = job.local_steps(told.images)
     for name, most in {"num-examples": told.images, "steps": steps, "images": steps * job.train.batch_size}.items():
         value = figures.get(name, 0 if name == "images" else -1)
         if not isinstance(value, int) or not 0 <= value <= most:
             raise Refused(f"{name} is no whole number from 0 to {most}")
     if is_private(job) and figures["steps"] != steps:
         raise Refused(f"{figures['steps']} steps instead of the job's {steps}: when to stop would tell of the images")
-    if figures.get("epsilon", 0) < 0:  # type: ignore[operator]
-        raise Refused("epsilon is negative")
+    for name in ("epsilon", "seconds"):
+        if figures.get(name, 0) < 0:  # type: ignore[operator]
+            raise Refused(f"{name} is negative")
     return MetricRecord(figures)
 
 
@@ -238,101 +210,17 @@ def _facts(record: Any, asked: Asked) -> ConfigRecord:
     return ConfigRecord({"job": asked.job.sha256, "frozen": frozen})
 
 
-def _evaluation_sums(record: Any, asked: Asked) -> MetricRecord:
-    return _as_template(record, _sums_template(asked.job))
-
-
-def _statistics(record: Any, asked: Asked) -> MetricRecord:
-    return _as_template(record, template(asked.job))
-
-
-@lru_cache(maxsize=8)
-def _sums_template(job: Job) -> Sums:
-    """The names, lengths and kinds of a task's sums, from a data set without images, as the server has them."""
-    model = open_model(job)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    sums: Sums = load_task(job.task).collect(model, Dataset.of(()), job, device)
-    return sums
-
-
-def _as_template(record: Any, template: Sums) -> MetricRecord:
-    sums = _numbers(record, {key: len(value) if isinstance(value, list) else -1 for key, value in template.items()})
-    if set(sums) != set(template):
-        raise Refused("some sums of the list are missing")
-    for key, expected in template.items():
-        if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
-            raise Refused(f"{key} counts, and is not whole")
-        if np.any(np.asarray(sums[key]) < 0):
-            raise Refused(f"{key} is negative")
-    return MetricRecord(sums)
-
-
-def _numbers(record: Any, allowed: Mapping[str, int]) -> Sums:
-    """A record of plain finite numbers, and lists of them, of allowed names and lengths (-1: one number)."""
-    found: Sums = {}
-    for key, value in record.items():
-        values = value if isinstance(value, list) else [value]
-        length = len(value) if isinstance(value, list) else -1
-        if allowed.get(key) != length:
-            raise Refused(f"{key!r} is not on the list, or has another length")
-        if not all(type(item) in (int, float) and math.isfinite(item) for item in values):
-            raise Refused(f"{key} holds what is no finite number")
-        found[key] = list(value) if isinstance(value, list) else value
-    return found
-
-
-def _masked(record: Any, asked: Asked) -> ArrayRecord:
-    """The model and a few figures as one vector of 32-bit numbers under masks, of which no check can see anything: what
-    is in it must pass ``records("train", …)`` before it is masked."""
-    if set(record) != {"masked"}:
-        raise Refused("another array than the masked one")
-    values, array = _opened(record["masked"])
-    state = open_model(asked.job).state_dict()
-    least = sum(state[name].numel() for name in exchanged_names(open_model(asked.job), asked.job))
-    if values.dtype != np.uint32 or values.ndim != 1 or not least <= len(values) <= least + _FIGURES:
-        raise Refused(f"masked is {values.dtype} {values.shape}, not as of this model")
-    return ArrayRecord({"masked": array})
-
-
-_FIGURES = 32  # at most so many numbers go with a model under masks: its weight, images, losses
-
-
-def _bytes(**lengths: int) -> Check:
-    """A record of byte strings of exactly these names and lengths."""
-
-    def check(record: Any, asked: Asked) -> ConfigRecord:
-        if set(record) != set(lengths):
-            raise Refused(f"{sorted(record)} instead of {sorted(lengths)}")
-        for name, length in lengths.items():
-            value = record[name]
-            if not (type(value) is bytes and len(value) == length):
-                raise Refused(f"{name} is not {length} bytes")
-        return ConfigRecord({name: record[name] for name in lengths})
-
-    return check
-
-
-def _byte_list(name: str, length: int) -> Check:
-    """A record of one list of byte strings, each of this length or empty."""
-
-    def check(record: Any, asked: Asked) -> ConfigRecord:
-        if set(record) != {name} or not isinstance(record[name], list):
-            raise Refused(f"{sorted(record)} instead of a list {name}")
-        if not all(type(value) is bytes and len(value) in (0, length) for value in record[name]):
-            raise Refused(f"{name} holds what is not {length} bytes")
-        return ConfigRecord({name: list(record[name])})
-
-    return check
-
-
 KINDS: dict[str, dict[str, Check]] = {
     "query": {"metrics": _survey_counts, "facts": _facts},
-    "query.survey": {"metrics": _statistics},
+    "query.survey": {"metrics": statistics},
     "train": {"arrays": _update, "metrics": _training_figures},
-    "evaluate": {"metrics": _evaluation_sums},
+    "train.scaffold": {"arrays": _update, "metrics": _training_figures, "control": control},
+    "evaluate": {"metrics": evaluation_sums},
+    "evaluate.personal": {"metrics": evaluation_sums},
+    "evaluate.subgroups": {"metrics": subgroup_sums},
     # Secure aggregation: public keys and commitments, sealed and open shares of seeds, see shared.masking.
-    "train.keys": {"keys": _bytes(mask=32, seal=32, commitment=32)},
-    "train.shares": {"shares": _byte_list("sealed", 60)},
-    "train.masked": {"arrays": _masked},
-    "train.unmask": {"revealed": _byte_list("shares", 16)},
+    "train.keys": {"keys": byte_strings(mask=32, seal=32, commitment=32)},
+    "train.shares": {"shares": byte_list("sealed", 60)},
+    "train.masked": {"arrays": masked},
+    "train.unmask": {"revealed": byte_list("shares", 16)},
 }

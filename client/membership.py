@@ -149,7 +149,7 @@ def train_on(
     model: nn.Module = task.build_model(job).to(device)
     model.to(memory_format=memory_format(model))
     weights = task.class_weights(task.count_classes(half, job), job)
-    steps = job.federation.rounds * job.train.local_steps
+    steps = job.federation.rounds * job.local_steps(len(half))
     if is_private(job):
         train_privately(
             model, task, half, job, site=name, noise=noise, first_step=0, steps=steps, class_weights=weights

@@ -7,6 +7,7 @@ max_delta = 1e-5                   # largest delta a job may use; this is the de
 unit = "patient"                   # who must be protected: one image, or all images of a patient
 min_patients = 20                  # with fewer training patients the site takes no part
 metrics = "auroc, loss"            # figures that may be computed from what leaves; "all", or names of the job's task
+subgroups = "sex, age"             # test figures may be told by these, if a job asks; "all"; "" for none
 min_cell = 5                       # no count of 1 to 4 images of a class leaves
 exact_counts = false               # the number of training images does not leave, declared_images stands for it
 declared_images = 400
@@ -44,6 +45,7 @@ class Policy:
     unit: str
     min_patients: int
     metrics: tuple[str, ...]
+    subgroups: tuple[str, ...]
     min_cell: int
     exact_counts: bool
     declared_images: int
@@ -65,9 +67,12 @@ def read_policy(path: Path) -> Policy:
         _check(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    metrics = str(values.pop("metrics"))
-    named = () if metrics.strip() == "all" else tuple(word.strip() for word in metrics.split(",") if word.strip())
-    return Policy(metrics=named, **values)
+    metrics, groups = _words(values.pop("metrics")), _words(values.pop("subgroups"))
+    return Policy(metrics=() if metrics == ("all",) else metrics, subgroups=groups, **values)
+
+
+def _words(text: object) -> tuple[str, ...]:
+    return tuple(word.strip() for word in str(text).split(",") if word.strip())
 
 
 def _check(values: dict[str, bool | float | int | str]) -> None:
@@ -110,6 +115,7 @@ def together(policies: Sequence[Policy], images: Sequence[int]) -> Policy:
     norms = [policy.max_update_norm for policy in policies if policy.max_update_norm]
     return replace(
         first,
+        subgroups=(),  # whose patient is whose cannot be told any more
         min_cell=max(policy.min_cell for policy in policies),
         exact_counts=all(policy.exact_counts for policy in policies),
         declared_images=sum(told),

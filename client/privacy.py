@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from client.gradients import Unit, unit_gradients
 from shared.cases import derived_seed
 from shared.config import Job
+from shared.corrections import Correction
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.noise import cryptographic_normal, secret_generator
@@ -85,6 +86,7 @@ def train_privately(
     declared: float = 0.0,
     cryptographic: bool = False,
     moments: Mapping[str, Tensor] | None = None,
+    correction: Correction | None = None,
 ) -> Trained:
     """As ``shared.training.train``, in ``steps`` DP-SGD steps.
 
@@ -94,6 +96,7 @@ def train_privately(
             is not to show; 0 takes the true one.
         cryptographic: noise from the operating system's cryptographic generator.
         moments: of the optimisers, from an earlier call; made of noised gradients alone, so they cost no privacy.
+        correction: added to the gradients of each step after the noise.
 
     Returns:
         ``steps`` as asked for, whatever the coins gave; ``images`` and ``losses`` hold what the noise does not hide:
@@ -116,6 +119,8 @@ def train_privately(
     total, seen = job.federation.rounds * job.train.local_steps, 0
     with unit_gradients(model, task, data, job, class_weights, _hooks_wanted(job)) as gradients:
         players = [_Player(model, job, part, noise, expected, cryptographic) for part in task.parts(job)]
+        for player in players:
+            player.correct_by(correction)
         _put_moments(players, moments or {})
         set_mode(model, job)
         sums = [0.0] * len(players)
@@ -161,6 +166,12 @@ class _Player:
         if part.sees_data:
             self.private = _private_optimizer(self.base, noise, job.privacy.clipping_norm, expected, cryptographic)
 
+    def correct_by(self, correction: Correction | None) -> None:
+        """Let the correction change each gradient after it was noised and divided, before the step."""
+        self.correction = correction
+        if correction is not None and self.part.sees_data:
+            self.private.attach_step_hook(lambda _: correction.adjust(self.parameters))
+
     def step(self, chunks: Iterator[tuple[list[Tensor], float]]) -> float:
         """One step from chunks of (gradients (units, *shape) of each parameter, the sum of the units' losses)."""
         self.private.zero_grad()
@@ -181,6 +192,8 @@ class _Player:
         self.base.zero_grad(set_to_none=True)
         loss = task.step(self.model, batch, self.job, class_weights, self.part.prefix)
         loss.backward(inputs=self.parameters)
+        if self.correction is not None:
+            self.correction.adjust(self.parameters)
         self.base.step()
         self.base.zero_grad(set_to_none=True)
         return float(loss.detach())

@@ -13,6 +13,7 @@ from client.privacy import train_privately
 from client.workspace import Workspace
 from shared.accounting import Mechanism, epsilon, job_noise, noisy_sites
 from shared.config import Job
+from shared.corrections import Correction
 from shared.tasks import load_task
 from shared.training import Trained
 
@@ -26,6 +27,7 @@ def train_on_budget(
     class_weights: Sequence[float],
     examples: float = 0.0,
     moments: dict[str, Tensor] | None = None,
+    correction: Correction | None = None,
 ) -> tuple[Trained, float]:
     """A round of DP-SGD, and epsilon of all that was ever spent, where most was, at the job's delta.
 
@@ -66,6 +68,7 @@ def train_on_budget(
             declared=examples or (0 if policy.exact_counts else policy.declared_images),
             cryptographic=policy.cryptographic_noise,
             moments=moments,
+            correction=correction,
         )
     return trained, max(_told(*book, reservation, job) for book, reservation in zip(books, taken, strict=True))
 

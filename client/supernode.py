@@ -46,7 +46,7 @@ class Clock:
             self._worked = now
             time.sleep(min(seconds, LOOKS))
         else:
-            asked = 0.0 if self._worked > self._woke else now - self._woke
+            asked = 0.0 if self._worked >= self._woke else now - self._woke
             time.sleep(min(max(SHARE * (now - self._worked), IDLE * asked, ASKS[0]), ASKS[1]))
             self._woke = time.monotonic()
 

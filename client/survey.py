@@ -87,11 +87,11 @@ def _looks(column: Column, rows: list[int], least: int, colour: bool) -> Sums:
 
 def _without_bars(raw: np.ndarray) -> np.ndarray:
     """The image (…, height, width) without the black rows and columns at its edges; all of one that is black."""
-    bright = raw.reshape(-1, *raw.shape[-2:]).any(0)
-    if not bright.any():
+    brightest = raw.reshape(-1, *raw.shape[-2:]).max(0)
+    rows, columns = np.flatnonzero(brightest.max(1)), np.flatnonzero(brightest.max(0))
+    if not len(rows):
         return raw
-    top, bottom, left, right = (edge for axis in (1, 0) for edge in np.flatnonzero(bright.any(axis))[[0, -1]])
-    return raw[..., top : bottom + 1, left : right + 1]
+    return raw[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _spacing(data: Dataset, rows: list[int], least: int) -> list[float]:

@@ -1,20 +1,16 @@
-"""A site at work: its decoded images, its model, its optimiser's moments between rounds, its log.
+"""A site at work: its decoded images, its model, its log.
 
 What is costly is kept in this process for the next message: the opened data sets and the built network.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from client.counts import Told, tell
@@ -24,8 +20,9 @@ from shared.config import Job, Scalar
 from shared.errors import SiteRefusal
 from shared.imaging.dataset import Dataset, concatenate, load_dataset
 from shared.samples import read_samples
-from shared.sitefile import OWN_FOLDER, read_site
+from shared.sitefile import read_site
 from shared.tasks import load_task
+from shared.weights import home_names
 
 
 @dataclass(frozen=True)
@@ -108,39 +105,9 @@ def open_model(job: Job) -> nn.Module:
     return model
 
 
-class Moments:
-    """The optimiser's moments between rounds, in the site's own folder, the last two rounds kept.
-
-    A round that is repeated after a crash reads those of the round before it, so it repeats exactly. ``job`` keeps
-    apart what a run trains first from what it trains then (its reference network).
-    """
-
-    def __init__(self, home: Path, run: str, job: Job) -> None:
-        self.folder = home / OWN_FOLDER / "state" / run / job.sha256[:16]
-
-    def _rounds(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
-
-    def forget(self, after: int) -> None:
-        """Drop all of rounds later than ``after``; 0 starts afresh."""
-        if after == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        for number in self._rounds():
-            if number > after:
-                (self.folder / f"{number}.safetensors").unlink(missing_ok=True)
-
-    def load(self, round_: int) -> dict[str, Tensor] | None:
-        """The moments as they were before round ``round_``."""
-        earlier = [number for number in self._rounds() if number < round_]
-        if not earlier:
-            return None
-        return dict(load_file(self.folder / f"{earlier[-1]}.safetensors"))
-
-    def save(self, round_: int, moments: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".writing")
-        os.close(handle)
-        save_file(moments, name)
-        os.replace(name, self.folder / f"{round_}.safetensors")
-        for number in self._rounds()[:-2]:
-            (self.folder / f"{number}.safetensors").unlink(missing_ok=True)
+@lru_cache(maxsize=2)
+def own_start(job: Job) -> dict[str, Tensor]:
+    """What stays at a site as the job's network begins with it; the opened network may hold another site's by now."""
+    model: nn.Module = load_task(job.task).build_model(job)
+    state = model.state_dict()
+    return {name: state[name].detach().clone() for name in home_names(model, job)}

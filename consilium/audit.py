@@ -101,7 +101,7 @@ def audit(
     trained = open_run(run, weights, device)
     job = trained.job.replace(train__device=str(trained.device))
     if steps is not None:
-        job = job.replace(federation__rounds=steps, train__local_steps=1)
+        job = job.replace(federation__rounds=steps, train__local_steps=1, train__local_epochs=0.0)
     site, policy = read_site(site_file), read_policy(site_file)
     try:
         data = load_dataset(read_samples(site, job), site, job)
@@ -110,7 +110,7 @@ def audit(
             site.name,
             trained.job,
             int(trained.facts.get("round", 0)),
-            job.federation.rounds * job.train.local_steps,
+            job.federation.rounds * job.local_steps(len(members)),
             shadows,
             job_noise(trained.job) if is_private(trained.job) else 0.0,
             policy,

@@ -16,7 +16,9 @@ from consilium.cli_runs import STORE_HELP, runs
 from consilium.cli_ship import card, export, registry
 from consilium.cli_study import study
 from consilium.cli_survey import survey
+from consilium.cli_track import report, track
 from consilium.cli_trained import audit, explain, generate, predict
+from consilium.cli_tune import tune
 from shared import __version__
 from shared.errors import UserError
 
@@ -84,6 +86,7 @@ def commands() -> None:
 @click.option(
     "--baselines", is_flag=True, help="Also train each site alone and all pooled, with the same gradient steps."
 )
+@click.option("--cross-site", is_flag=True, help="Also train each site alone and test every model at every site.")
 @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: one per core]")
 @click.option("--devices", default="", metavar="LIST", help="Where they compute: cpu, or a list such as cuda:0,cuda:1.")
 @click.option("--per-device", type=click.IntRange(1), help="How many workers share a GPU.  [default: 1]")
@@ -100,6 +103,7 @@ def simulate(
     data: Path,
     out: Path | None,
     baselines: bool,
+    cross_site: bool,
     workers: int | None,
     devices: str,
     per_device: int | None,
@@ -126,6 +130,7 @@ def simulate(
         out,
         workers=workers,
         baselines=baselines,
+        cross_site=cross_site,
         heldout=heldout,
         store=store,
         devices=devices,
@@ -165,9 +170,19 @@ def models(task: str) -> None:
         click.echo(line)
 
 
+@commands.command()
+def strategies() -> None:
+    """List the federated strategies by name, and the choices that each axis of a strategy has."""
+    from consilium.strategies import lines
+
+    for line in lines():
+        click.echo(line)
+
+
 commands.add_command(cohort)
 commands.add_command(site)
 commands.add_command(survey)
+commands.add_command(tune)
 commands.add_command(study)
 commands.add_command(server)
 commands.add_command(run)
@@ -184,3 +199,5 @@ commands.add_command(provision)
 site.add_command(site_keygen)
 site.add_command(site_fingerprint)
 commands.add_command(dashboard)
+commands.add_command(track)
+commands.add_command(report)

@@ -11,6 +11,7 @@ import click
 @click.command()
 @click.option("--store", help="The store: a path, or postgresql://…  [default: that of the federation, or as below]")
 @click.option("--federation", type=Path, help="Folder that `consilium provision` set up: who is connected; stop runs.")
+@click.option("--registry", type=Path, help="Folder of releases, to compare a run's model with the release before it.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8600, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--token-file", type=Path, help="File with the token to sign in.  [default: a new one each time]")
@@ -19,6 +20,7 @@ import click
 def dashboard(
     store: str | None,
     federation: Path | None,
+    registry: Path | None,
     host: str,
     port: int,
     token_file: Path | None,
@@ -33,7 +35,7 @@ def dashboard(
     from server.dashboard.serve import access_for, serve
 
     access = access_for(host, token_file, public_url, trust_header)
-    serve(store or _usual(federation), access, host, port, federation, _say)
+    serve(store or _usual(federation), access, host, port, federation, _say, registry)
 
 
 def _usual(federation: Path | None) -> Path:

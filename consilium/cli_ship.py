@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
+
+from consilium.cli_runs import STORE_HELP
+from shared.errors import UserError
 
 _registry = click.option(
     "--registry", "folder", type=Path, default=Path("registry"), show_default=True, help="The folder of releases."
@@ -28,15 +33,29 @@ _registry = click.option(
 @click.option(
     "--weights", default="best", show_default=True, help="best: the round best in validation; last: the last one."
 )
-def export(run: Path, formats: tuple[str, ...], int8: bool, images: Path | None, out: Path, weights: str) -> None:
+@click.option(
+    "--site-parts", "parts", type=Path, help="A site's own model of this run, to be used instead of the common one."
+)
+def export(
+    run: Path,
+    formats: tuple[str, ...],
+    int8: bool,
+    images: Path | None,
+    out: Path,
+    weights: str,
+    parts: Path | None,
+) -> None:
     """Write the model of the run folder RUN so that other programs can run it, with all that they must know.
 
     Every file is run and compared with the model before anything is written. model.json says how an image becomes the
     input and what the output means; the folder can be loaded as a MONAI bundle.
     """
     from consilium.shipping.export import export as write
+    from consilium.trained import whose
 
-    done = write(run, out, formats, int8, images, weights)
+    if line := whose(run, parts):
+        click.echo(line)
+    done = write(run, out, formats, int8, images, weights, parts)
     for name, facts in done.files.items():
         click.echo(f"{out / name}  {facts['bytes'] / 1e6:.2f} MB  {_in_words(facts)}")
     click.echo(f"how to run it: {out / 'model.json'}")
@@ -69,7 +88,6 @@ def card(run: Path, out: Path | None) -> None:
     """
     from server.card import CARD, model_card
     from server.store import write_text
-    from shared.errors import UserError
 
     if not (run / "job.toml").is_file():
         raise UserError(f"{run}: no run folder, there is no job.toml in it")
@@ -132,6 +150,51 @@ def registry_list(folder: Path) -> None:
             f"{entry['name']} {entry['version']}  {entry['released']}  {entry['task']} {entry['model']}  {figure}  "
             f"{entry['sites']} sites  {epsilon}  job {entry['job_sha256'][:12]}"
         )
+
+
+@registry.command("compare")
+@click.argument("run", type=Path)
+@click.option("--name", default="", help="The release's name.  [default: the one before RUN]")
+@click.option("--version", default="", help="Its version.")
+@click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)
+@_registry
+def registry_compare(run: Path, name: str, version: str, store: str, folder: Path) -> None:
+    """Hold the model of RUN against the release before it, on the test sums of the sites that tested both.
+
+    Both runs must be in the store. Exit code 1: they cannot be compared, and why.
+    """
+    from server.releases import against_release
+    from server.tracking.follow import run_in_store
+
+    db, id = run_in_store(run, store)
+    found = against_release(db, id, folder, name, version)
+    if found is None:
+        raise UserError(f"{folder}: holds no release but that of {run} itself")
+    click.echo(f"{run} against {found['release']['name']} {found['release']['version']}:")
+    if found["why_not"]:
+        click.echo(f"cannot be compared: {found['why_not']}")
+        sys.exit(1)
+    for line in _compared(found):
+        click.echo(line)
+
+
+def _compared(found: dict[str, Any]) -> Iterator[str]:
+    """A comparison in lines: each metric of both, the difference, and whether it can be told from chance."""
+    from server.wording import metric_name, with_interval
+
+    def words(row: dict[str, Any], metric: str) -> str:
+        return with_interval(row["value"], row["low"], row["high"], metric)
+
+    for metric, row in found["metrics"].items():
+        told = {"new": "better", "old": "worse", "unclear": "no clear difference"}[row["better"]]
+        old, new, gap = (words(row[key], metric) for key in ("old", "new", "difference"))
+        yield f"  {metric_name(metric, True)}: {old} → {new}, difference {gap}: {told}"
+    images = f"{found['images']['new']:,} now, {found['images']['old']:,} then"
+    yield f"on the test images of {', '.join(found['sites'])}: {images}; intervals of differences are wide, not narrow"
+    if found["changed"]:
+        yield f"note: other test images than then at {', '.join(found['changed'])}"
+    if found["left_out"]:
+        yield f"left out, as only one of the two was tested there: {', '.join(found['left_out'])}"
 
 
 @registry.command("verify")

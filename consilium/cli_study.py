@@ -30,8 +30,12 @@ def study(study: Path, data: Path | None, out: Path | None, workers: int | None,
     check_jobs(plan)
     folder = out or Path("studies") / (plan.name + ("-quick" if quick else ""))
     text = study.read_text(encoding="utf-8")
-    with showing_cells(plan) as observe:
-        outcomes = run_cells(plan, text, folder, workers, observe)
+    try:
+        with showing_cells(plan) as observe:
+            outcomes = run_cells(plan, text, folder, workers, observe)
+    except KeyboardInterrupt:
+        click.echo("what is finished is kept; to go on, type the same again", err=True)
+        raise
     found, told = write_study(plan, outcomes, text, folder)
     print_study(found, told, folder)
     sys.exit(1 if found.failures else 0)

@@ -11,6 +11,9 @@ _run = click.argument("run", type=Path)
 _weights = click.option(
     "--weights", default="best", show_default=True, help="best: the round best in validation; last: the last one."
 )
+_parts = click.option(
+    "--site-parts", "parts", type=Path, help="A site's own model of this run, to be used instead of the common one."
+)
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 _own = click.option(
     "--site",
@@ -19,14 +22,22 @@ _own = click.option(
 )
 
 
+def _say_whose(run: Path, parts: Path | None) -> None:
+    from consilium.trained import whose
+
+    if line := whose(run, parts):
+        click.echo(line)
+
+
 @click.command(short_help="Predict images with the model of a run.")
 @_run
 @click.argument("path", type=Path)
 @click.option("--out", type=Path, required=True, help="New or empty folder for the predictions.")
 @_own
 @_weights
+@_parts
 @_device
-def predict(run: Path, path: Path, out: Path, site: Path | None, weights: str, device: str) -> None:
+def predict(run: Path, path: Path, out: Path, site: Path | None, weights: str, parts: Path | None, device: str) -> None:
     """Predict the image PATH, or every image in the folder PATH, with the model of the run folder RUN.
 
     Labels are written as CSV, boxes as COCO json, masks as PNG, NIfTI or, of DICOM images, DICOM SEG. What cannot be
@@ -36,8 +47,9 @@ def predict(run: Path, path: Path, out: Path, site: Path | None, weights: str, d
     from consilium.progress import counting
     from shared.imaging.errors import explained
 
+    _say_whose(run, parts)
     with counting("predicting") as progress:
-        done = predict_all(run, path, out, weights, device, progress, site)
+        done = predict_all(run, path, out, weights, device, progress, site, parts)
     for item in done.unreadable:
         folder = path if path.is_dir() else path.parent
         click.echo(f"cannot be read: {explained(item.path, item.code, item.detail, folder)}")
@@ -72,9 +84,18 @@ def generate(run: Path, count: int, out: Path, seed: int, weights: str, device: 
 @click.option("--out", type=Path, required=True, help="A PNG file, or a folder for one.")
 @_own
 @_weights
+@_parts
 @_device
 def explain(
-    run: Path, image: Path, method: str, name: str, out: Path, site: Path | None, weights: str, device: str
+    run: Path,
+    image: Path,
+    method: str,
+    name: str,
+    out: Path,
+    site: Path | None,
+    weights: str,
+    parts: Path | None,
+    device: str,
 ) -> None:
     """Draw what the answer of the model in the run folder RUN depends on in one image, or the boxes it finds there.
 
@@ -82,7 +103,8 @@ def explain(
     """
     from consilium.explain import explain as draw
 
-    drawn = draw(run, image, out, method, name, weights, device, site)
+    _say_whose(run, parts)
+    drawn = draw(run, image, out, method, name, weights, device, site, parts)
     for line in drawn.caption:
         click.echo(line)
     click.echo(drawn.file)

@@ -37,6 +37,7 @@ def explain(
     weights: str = "best",
     device: str = "auto",
     own: Path | None = None,
+    parts: Path | None = None,
 ) -> Explained:
     """Write a picture of why the model of ``run`` says what it says of ``image``.
 
@@ -49,7 +50,7 @@ def explain(
     """
     if method and method not in METHODS:
         raise UserError(f"--method {method}: must be one of {', '.join(METHODS)}{nearest(method, METHODS)}")
-    trained = open_run(run, weights, device)
+    trained = open_run(run, weights, device, parts)
     data = decode_one(trained, image, own)
     caption = [f"{image.name}: {trained.job.model.name} of the job {trained.job.name}"]
     if hasattr(trained.task, "explainable"):

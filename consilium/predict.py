@@ -43,17 +43,19 @@ def predict(
     device: str = "auto",
     progress: Progress | None = None,
     own: Path | None = None,
+    parts: Path | None = None,
 ) -> Predicted:
     """Predict every case in ``path``, a file or a folder; the files appear in ``out`` all at once, or not at all.
 
-    ``own`` is the site.toml of the hospital the images are from, where ``data.harmonise`` has a rule of the site.
+    ``own`` is the site.toml of the hospital the images are from, where ``data.harmonise`` has a rule of the site;
+    ``parts`` a site's own model of the run, to be used instead of the common one.
 
     ``prediction.json`` beside them says which model it was, of which job, and what could not be read.
 
     Raises:
         UserError: no run, nothing there, or no place to write; one line.
     """
-    trained = open_run(run, weights, device)
+    trained = open_run(run, weights, device, parts)
     site, samples = find_cases(trained, path, own)
     with filled_whole(out, MARK, "predictions") as work:
         unreadable: list[Skipped] = []

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from consilium.signing import fingerprint, read_private, read_public, to_pem
 from server.card import CARD, write_card
+from server.database.journal import key_of
 from server.record import read_record
 from shared import __version__
 from shared.errors import UserError
@@ -116,6 +117,7 @@ def _provenance(run: Path) -> dict[str, Any]:
     started = next((event for event in record.events if event["event"] == "start"), {})
     return {
         "run": run.resolve().name,
+        "run_key": key_of(run),
         "job": record.job.name,
         "job_sha256": record.job.sha256,
         "task": record.job.task,

@@ -14,6 +14,7 @@ from rich.table import Table
 from server.database.mirror import store_beside
 from server.record import value_of
 from server.wording import metric_name, privacy_words
+from shared.config import Job
 from shared.tasks import TASKS
 from simulations.result import Result
 
@@ -29,6 +30,7 @@ def print_result(result: Result) -> None:
     scores, job = result.scores, result.job
     federated = scores["federated"]
     models = {"federated": federated}
+    models |= {"each site's own": federated["personal"]} if "personal" in federated else {}
     models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
     models |= {f"only {name}": row for name, row in scores.get("local", {}).items()}
     console = Console()
@@ -38,9 +40,12 @@ def print_result(result: Result) -> None:
         known = dict.fromkeys([job.best_metric, *TASKS[job.task].metrics])
         metrics = [name for name in known if name in federated["n"]]
         case = TASKS[job.task].case
-        shown = _fitting(metrics, [models, federated["sites"]], console.width - len(case) - 6)
+        own = federated.get("personal", {}).get("sites", {})
+        shown = _fitting(metrics, [models, federated["sites"], own], console.width - len(case) - 6)
         console.print(_table("model", escape(f"{job.name}: all sites' test {case}s"), case, shown, models))
-        console.print(_table("site", "the federated model at each site", case, shown, federated["sites"]))
+        console.print(_table("site", _at_each(job), case, shown, federated["sites"]))
+        if own:
+            console.print(_table("site", "each site's own model on its test images", case, shown, own))
         note = f"95 % intervals in brackets; each model took {federated['gradient_steps']} gradient steps"
         note = note if len(models) > 1 else note.replace("each", "the")
         less = [metric_name(name) for name in shown if TASKS[job.task].metrics[name] < 0]
@@ -54,6 +59,11 @@ def print_result(result: Result) -> None:
     if (store := store_beside(result.folder)).exists():
         told = f"to look at it in a browser: consilium dashboard --store {os.path.relpath(store)}"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _at_each(job: Job) -> str:
+    kept = {"norm": ", with its own normalisation layers", "head": ", with its own head"}
+    return f"the federated model at each site{kept.get(job.federation.local, '')}"
 
 
 def _fitting(metrics: list[str], tables: list[Rows], width: int) -> list[str]:

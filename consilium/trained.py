@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from shared import __version__
 from shared.config import Job, load_job
 from shared.errors import UserError
+from shared.sitefile import OWN_FOLDER
 from shared.tasks import load_task
 from shared.training import pick_device
-from shared.weights import frozen_digest, put
+from shared.weights import REFERENCE, frozen_digest, keeps_own, put, whole
 
+OWN_FILE = f"{OWN_FOLDER}/personal/RUN.safetensors"
 WEIGHTS = {"best": "model.safetensors", "last": "last.safetensors"}
 
 
@@ -31,11 +33,13 @@ class TrainedModel(NamedTuple):
     file: Path
 
 
-def open_run(run: Path, weights: str = "best", device: str = "auto") -> TrainedModel:
+def open_run(run: Path, weights: str = "best", device: str = "auto", parts: Path | None = None) -> TrainedModel:
     """The network of a run folder with its ``best`` or ``last`` weights, on ``device``.
 
+    ``parts`` is a site's own model of this run, which is taken instead.
+
     Raises:
-        UserError: no run folder, no such weights yet, or weights that are not of this job.
+        UserError: no run folder, no such weights yet, weights that are not of this job, or of a part of it only.
     """
     if weights not in WEIGHTS:
         raise UserError(f"--weights {weights}: must be one of {', '.join(WEIGHTS)}")
@@ -45,11 +49,18 @@ def open_run(run: Path, weights: str = "best", device: str = "auto") -> TrainedM
     task = load_task(job.task)
     task.check(job)
     where = pick_device(job.replace(train__device=device))
-    file = run / WEIGHTS[weights]
+    if parts is None and not whole(job):
+        kept = {"norm": "normalisation layers", "head": "head"}[job.federation.local]
+        raise UserError(
+            f"{run}: each site kept its own {kept} (federation.local), so the run has no whole model; at a site, give "
+            f"its own: consilium predict, explain or export with --site-parts {OWN_FILE}"
+        )
+    file = parts or run / WEIGHTS[weights]
     arrays, facts = _read_weights(file)
-    if facts.get("job") != job.sha256 and facts.get("version") == __version__:
+    if facts.get("job") != job.sha256 and (parts or facts.get("version") == __version__):
         raise UserError(f"{file}: was trained by another job than {run / 'job.toml'}, which was changed since")
-    model = _with_weights(job, task, arrays, facts, file)
+    build = _with_own if parts else _with_weights
+    model = build(job, task, arrays, facts, file)
     return TrainedModel(job, task, model.to(where).eval(), where, facts, file)
 
 
@@ -79,6 +90,25 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: content.get_tensor(name) for name in content.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: not a file of weights ({error})") from None
+
+
+def _with_own(job: Job, task: ModuleType, arrays: dict[str, Tensor], facts: dict[str, str], file: Path) -> nn.Module:
+    """The job's network as a site saved it, all of it: see ``client.personal``."""
+    model: nn.Module = task.build_model(job.replace(model__weights="", model__freeze="none"))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{REFERENCE}.")}
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in arrays.items()}:
+        raise UserError(f"{file}: is no site's own model of this run; give a {OWN_FILE}")
+    model.load_state_dict(arrays, strict=False)  # but for the reference, which judges and does not answer
+    return model
+
+
+def whose(run: Path, parts: Path | None) -> str:
+    """A line that says which model is used, where a run made one for each site; else nothing."""
+    if parts is not None:
+        return f"uses the site's own model: {parts}"
+    if (run / "job.toml").is_file() and keeps_own(load_job(run / "job.toml")):
+        return f"uses the common model; each site has one of its own, see --site-parts {OWN_FILE}"
+    return ""
 
 
 def _with_weights(

@@ -16,9 +16,12 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from shared.cases import SPLITS
+from shared.codecs import CHANGE, Coding, coding, decode, length
 from shared.config import Job
 from shared.sitefile import SITE_NAME
+from shared.subgroups import group_sums, groups_of, sums_of_groups
 from shared.tasks import Sums
+from shared.weights import control_scale
 
 _FAILURES = {
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "site-error",
@@ -48,7 +51,8 @@ class Place:
 class Update(NamedTuple):
     """A reply in order: its weight in the mean, its arrays, and the site's numbers.
 
-    ``losses`` are those of parts; ``epsilon`` is what was ever spent on the site's images, NaN without DP.
+    ``losses`` are those of parts; ``epsilon`` is what was ever spent on the site's images, NaN without DP; ``seconds``
+    is how long it trained, NaN where it does not say.
     """
 
     weight: float
@@ -58,13 +62,16 @@ class Update(NamedTuple):
     loss: float
     losses: list[float]
     epsilon: float
+    seconds: float = math.nan
+    beside: dict[str, dict[str, Tensor]] = {}  # noqa: RUF012  other records of arrays, where the job asks for them
 
     def told(self, parts: Sequence[str]) -> dict[str, Any]:
         """What a round's event says of it; ``parts`` are the names of the model's."""
         told = {"weight": self.weight, "steps": self.steps, "images": self.images, "loss": self.loss}
         several = len(parts) == len(self.losses) > 1
         losses = {"losses": dict(zip(parts, self.losses, strict=True))} if several else {}
-        return told | losses | ({} if math.isnan(self.epsilon) else {"epsilon": self.epsilon})
+        more = {"epsilon": self.epsilon, "train_seconds": self.seconds}
+        return told | losses | {name: value for name, value in more.items() if not math.isnan(value)}
 
 
 def status(reply: Message | None) -> Mapping[str, object]:
@@ -129,10 +136,18 @@ def admit_facts(reply: Message | None, job: Job, frozen: str, counted: int) -> F
     return Facts(name, dict(zip(SPLITS, counts, strict=True)), list(classes), skipped)  # type: ignore[arg-type]
 
 
-def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surveyed: int) -> Update:
+def admit(
+    reply: Message | None,
+    reference: Mapping[str, Tensor],
+    job: Job,
+    surveyed: int,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Update:
     """Check a training reply against the global model it answers.
 
     ``surveyed`` is the number of training images the site named before the first round; it may not claim more later.
+    ``beside`` are the records that went out with the model: the reply has one of the same names, shapes and kinds for
+    each, a change worth no more than the model's may be.
 
     Raises:
         Dropped: with the reason.
@@ -140,7 +155,8 @@ def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surv
     status(reply)
     assert reply is not None
     content = reply.content
-    if set(content.array_records) != {"arrays"} or set(content.metric_records) != {"metrics"}:
+    beside = beside or {}
+    if set(content.array_records) != {"arrays", *beside} or set(content.metric_records) != {"metrics"}:
         raise Dropped("wrong-records")
     metrics = content["metrics"]
     examples = metrics.get("num-examples")
@@ -148,14 +164,41 @@ def admit(reply: Message | None, reference: Mapping[str, Tensor], job: Job, surv
         raise Dropped("bad-weight")
     if not 0 < examples <= min(surveyed, job.federation.max_examples):
         raise Dropped("bad-weight")
-    arrays = _arrays(content["arrays"], reference)
+    how = coding(job)
+    arrays = _changed(content["arrays"], reference, how) if how else _arrays(content["arrays"], reference)
+    more = {name: _arrays(content[name], expected) for name, expected in beside.items()}
     if job.federation.max_update_norm:
         change = math.sqrt(sum((arrays[k].double() - reference[k].double()).square().sum().item() for k in arrays))
-        if change > job.federation.max_update_norm:
+        worth = [
+            math.sqrt(sum(array.double().square().sum().item() for array in record.values()))
+            * control_scale(job, surveyed)
+            for record in more.values()
+        ]
+        if max(change, *worth, 0.0) > job.federation.max_update_norm:
             raise Dropped("too-far")
-    weight = float(examples) if job.federation.weighting == "examples" else 1.0
     numbers = _count(metrics, "steps"), _count(metrics, "images"), _number(metrics, "loss"), _numbers(metrics, "losses")
-    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"))
+    if job.federation.correction == "fednova" and not 0 < numbers[0] <= job.local_steps(surveyed):
+        raise Dropped("bad-weight")  # there the steps weigh, too
+    weight = _weight(job, float(examples), numbers[1], numbers[2])
+    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"), _number(metrics, "seconds"), more)
+
+
+def _weight(job: Job, examples: float, seen: int, loss: float) -> float:
+    """What a reply counts.
+
+    By loss: images times their mean loss in training to the power of fairness. q-FFL (Li et al. 2020) takes the loss
+    before training, for which each site would have to run the model once more.
+    """
+    if job.federation.weighting == "equal":
+        return 1.0
+    if job.federation.weighting == "examples":
+        return examples
+    if not (seen and 0 < loss < math.inf):
+        raise Dropped("no-loss")
+    weight: float = examples * (loss / seen) ** job.federation.fairness
+    if not 0 < weight < math.inf:
+        raise Dropped("no-loss")
+    return weight
 
 
 def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +217,30 @@ def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> di
             raise Dropped("wrong-dtype")
         if array.is_floating_point() and not np.isfinite(values).all():  # NumPy's is ten times as fast as torch's
             raise Dropped("not-finite")
+        if name.endswith("running_var") and bool((array < 0).any()):
+            raise Dropped("bad-variance")  # its root would make the whole model NaN
         arrays[name] = array
+    return arrays
+
+
+def _changed(record: Mapping[str, object], reference: Mapping[str, Tensor], how: Coding) -> dict[str, Tensor]:
+    """The model that a coded change leads to."""
+    if list(record) != [CHANGE]:
+        raise Dropped("wrong-names")
+    try:
+        change = record[CHANGE].numpy()  # type: ignore[attr-defined]
+    except Exception:
+        raise Dropped("undecodable") from None
+    if change.shape != (length(reference, how),):
+        raise Dropped("wrong-shape")
+    if change.dtype != np.uint8:
+        raise Dropped("wrong-dtype")
+    try:
+        arrays = decode(reference, change, how)
+    except ValueError:
+        raise Dropped("undecodable") from None
+    if not all(torch.isfinite(array).all() for array in arrays.values() if array.is_floating_point()):
+        raise Dropped("not-finite")
     return arrays
 
 
@@ -200,6 +266,41 @@ def admit_sums(reply: Message | None, template: Sums, task: ModuleType, job: Job
     Raises:
         Dropped: with the reason.
     """
+    sums = admit_form(reply, template)
+    _require_counts(sums, task, job, surveyed)
+    return sums
+
+
+def _require_counts(sums: Sums, task: ModuleType, job: Job, surveyed: int) -> None:
+    if sums["n"] > surveyed or not task.consistent(sums, job):  # type: ignore[operator]
+        raise Dropped("wrong-sums")
+
+
+def admit_groups(reply: Message | None, template: Sums, task: ModuleType, job: Job, surveyed: int) -> dict[str, Sums]:
+    """The sums of each of the job's subgroups, each held against the same as those of an evaluation; the groups of one
+    dimension are not more than the site's images.
+
+    Raises:
+        Dropped: with the reason.
+    """
+    groups = groups_of(job)
+    found = sums_of_groups(admit_form(reply, group_sums(dict.fromkeys(groups, template))), groups)
+    counted: dict[str, int] = {}
+    for name, sums in found.items():
+        _require_counts(sums, task, job, surveyed)
+        dimension, _ = groups[name]
+        counted[dimension] = counted.get(dimension, 0) + int(sums["n"])  # type: ignore[arg-type]
+    if any(images > surveyed for images in counted.values()):
+        raise Dropped("wrong-sums")
+    return found
+
+
+def admit_form(reply: Message | None, template: Sums) -> Sums:
+    """The sums of a reply that have the keys, lengths and kinds of ``template``, and nothing negative or infinite.
+
+    Raises:
+        Dropped: with the reason.
+    """
     status(reply)
     assert reply is not None
     if set(reply.content.metric_records) != {"metrics"}:
@@ -214,8 +315,6 @@ def admit_sums(reply: Message | None, template: Sums, task: ModuleType, job: Job
             raise Dropped("not-finite")
         if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
             raise Dropped("wrong-sums")
-    if sums["n"] > surveyed or not task.consistent(sums, job):  # type: ignore[operator]
-        raise Dropped("wrong-sums")
     return sums
 
 

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from server.card_fair import operating, subgroups
 from server.markdown import listed, plain, table
 from server.record import Record, count, has, lost_replies, read_record, reason_words, spans, value_of
 from server.store import write_text
 from server.wording import metric_name, number, privacy_words, with_interval
 from shared import __version__
+from shared.strategies import in_words
 from shared.tasks import TASKS
 
 CARD = "model_card.md"
@@ -173,9 +175,12 @@ def _data(record: Record) -> str:
 def _training(record: Record) -> str:
     job, own = record.job, record.scores["federated"]
     train = job.train
+    each = count(train.local_steps, "gradient step")
+    if train.local_epochs:
+        each = f"{train.local_epochs:g} times over its own images"
     lines = [
-        f"Federated averaging over {count(len(record.rounds), 'round')} of {job.federation.rounds:,} asked for, "
-        f"{count(train.local_steps, 'gradient step')} at each site a round, weighted by {job.federation.weighting}.",
+        f"{in_words(job.federation)} over {count(len(record.rounds), 'round')} of {job.federation.rounds:,} asked for, "
+        f"{each} at each site a round, weighted by {job.federation.weighting}.",
         f"{own['gradient_steps']:,} gradient steps of {train.batch_size} {record.case}s in all; {train.optimizer}, "
         f"learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}, "
         f"{train.precision}, seed {job.seed}.",
@@ -189,7 +194,9 @@ def _training(record: Record) -> str:
         if changed
         else "No random changes of the training images."
     )
-    lines.append(f"The round kept is the one best in validation by {metric_name(record.metric)}.")
+    best = own.get("best")
+    rule = f" ({best['rule']})" if best else ""
+    lines.append(f"The round kept is the one best in validation by {metric_name(record.metric)}{rule}.")
     lost = [item for item in lost_replies(record.events) if item.step == "round"]
     lines += [
         f"{plain(one.site)} did not count in round {spans(one.rounds)}: {reason_words(one.reason)}."
@@ -229,11 +236,8 @@ def _evaluation(record: Record) -> str:
         text += table(
             ["Model", _head(record, record.metric)], [[plain(n), value_of(s, record.metric)] for n, s in others]
         )
-    if record.worst:
-        worst = value_of(own["sites"][record.worst], record.metric)
-        text += f"\n\nWorst site: {plain(record.worst)}, {metric_name(record.metric)} {worst}."
     text += _calibration(own["calibration"]) if own.get("calibration") else ""
-    return f"{text}\n\nFigures of subgroups (sex, age, scanner): not in this run."
+    return text + operating(own) + subgroups(record)
 
 
 def _head(record: Record, metric: str) -> str:
@@ -326,7 +330,8 @@ def _limits(record: Record) -> str:
         if skipped
         else []
     )
-    lines.append("Whether it does equally well for all groups of patients was not measured in this run.")
+    if not own.get("subgroups", {}).get("groups"):
+        lines.append("Whether it does equally well for all groups of patients was not measured in this run.")
     return listed(lines)
 
 

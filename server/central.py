@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.gathered import TooFew
 from shared.accounting import Mechanism, epsilon, job_noise
 from shared.config import Job
 from shared.errors import UserError
@@ -72,7 +73,7 @@ class Central:
         Counters are taken where all replies agree and left as they were else.
 
         Raises:
-            ValueError: there is no reply.
+            TooFew: there is no reply.
         """
         generator = secret_generator()
         sums = {k: torch.zeros(v.shape, dtype=torch.float64) for k, v in reference.items() if v.is_floating_point()}
@@ -91,7 +92,7 @@ class Central:
                     agreed = counters.setdefault(name, arrays[name])
                     counters[name] = agreed if agreed is not None and torch.equal(agreed, arrays[name]) else None
         if not answered:
-            raise ValueError("no reply to aggregate")
+            raise TooFew("no reply to aggregate")
         sd = self._noise_of_sum(asked) * self.bound
         merged: dict[str, Tensor] = {}
         for name, old in reference.items():

@@ -23,23 +23,30 @@ AHEAD = 4  # replies in memory while one before them is waited for; the others w
 _soon = partial(pull_objects, initial_backoff=0.1, backoff_cap=1.0, max_tries_per_object=None)
 
 
-def replies(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator[Message | None]:
+def replies(
+    grid: Grid, messages: Sequence[Message], timeout: float, came: list[float] | None = None
+) -> Iterator[Message | None]:
     """The reply to each message, or None where none came within ``timeout`` seconds of the call.
 
     An engine whose ``send_and_receive`` yields the replies one by one in the order asked is read as it yields. Any
-    other is asked for what is there again and again, and put in order here: sums of floats depend on it.
+    other is asked for what is there again and again, and put in order here: sums of floats depend on it. ``came`` gets,
+    before a reply is handed out, the seconds from the call until it was there.
     """
+    began, came = time.time(), [] if came is None else came
     yields = grid.send_and_receive(messages, timeout=timeout) if hasattr(grid, "in_order") else None
     if yields is not None:
         ordered = iter(yields)
         for _ in messages:
-            yield next(ordered, None)
+            reply = next(ordered, None)
+            came.append(_made_after(reply, began))
+            yield reply
         return
     deadline = time.monotonic() + timeout
     if between_machines := isinstance(grid, http_grid.HttpGrid):
         http_grid.pull_objects = _soon  # type: ignore[attr-defined]
     names = list(grid.push_messages(_packed(messages) if between_machines else messages)) if messages else []
     here: dict[str, Message] = {}
+    times: dict[str, float] = {}
     heard = time.monotonic()
     for place, name in enumerate([*names, *[""] * (len(messages) - len(names))]):
         while name and name not in here:
@@ -48,11 +55,13 @@ def replies(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator
             news = _collect(grid, wanted, here)
             now = time.monotonic()
             heard = now if news else heard
+            times = dict.fromkeys(here, time.time() - began) | times
             if name not in here:
                 if now >= deadline:
                     break
                 wait = min(max(SHARE * (now - heard), IDLE * (now - asked), POLLS[0]), POLLS[1])
                 time.sleep(min(wait, max(0.0, deadline - now)))
+        came.append(times.pop(name, time.time() - began))
         yield here.pop(name, None)
 
 
@@ -81,6 +90,13 @@ def _plain(reply: Message) -> Message:
         with suppress(ValueError):
             reply.content, _ = unpack(reply.content)
     return reply
+
+
+def _made_after(reply: Message | None, asked: float) -> float:
+    """Seconds from ``asked`` until the reply was made, by an engine on this machine's clock: it may have held the reply
+    back until those before it were there. Until now where it does not say."""
+    now = time.time() - asked
+    return now if reply is None else min(max(reply.metadata.created_at - asked, 0.0), now)
 
 
 def array_bytes(message: Message | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from server.record import FEDERATED, ONLY, POOLED, SERVER, Record, has, value_of
+from server.record import FEDERATED, ONLY, PERSONAL, POOLED, SERVER, Record, has, value_of
 from server.report_style import BLUE, GREEN, GREY, RED, SERIES, fit, new_figure, plain
 from server.wording import metric_name, with_interval, wording
 from shared.config import Job
@@ -69,7 +69,7 @@ def _model_rows(record: Record) -> tuple[list[Row], str]:
     models = {name: scores for name, scores in record.models.items() if has(scores, record.metric)}
     alone = [name for name in record.best_first(models) if name.startswith(ONLY)]
     shown = [alone[0], alone[len(alone) // 2], alone[-1]] if len(alone) > FOLD else alone
-    colours = {FEDERATED: BLUE, POOLED: GREEN} | dict.fromkeys(shown, GREY)
+    colours = {FEDERATED: BLUE, PERSONAL: BLUE, POOLED: GREEN} | dict.fromkeys(shown, GREY)
     note = f" Of {len(alone)} single-site models the best, the middle and the worst are shown."
     rows = [Row(name, models[name], colour) for name, colour in colours.items() if name in models]
     return rows, note if len(alone) > FOLD else ""

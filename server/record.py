@@ -33,6 +33,8 @@ REASONS = {
     "wrong-shape": "a part of the reply has the wrong size",
     "wrong-dtype": "a part of the reply has the wrong number type",
     "wrong-sums": "the counts in the reply contradict each other or name more images than there are",
+    "no-loss": "the reply names no loss, by which this job weighs the sites",
+    "bad-variance": "a variance in the reply is negative",
     "too-far": "the site’s change of the model is larger than the job allows",
     "other-job": "the site runs another job",
     "other-frozen-weights": "the site starts from other pretrained weights",
@@ -44,6 +46,7 @@ DECLINED = "site-declined: "
 
 # What models and places are called in the report.
 FEDERATED, POOLED, ONLY, SERVER = "Federated", "All data in one place", "Only ", "server’s own images"
+PERSONAL = "Each site’s own"  # model, made of the federated one: on its own test images
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class Record:
     @property
     def models(self) -> dict[str, dict[str, Any]]:
         """Scores of every trained model, by what it is called in the report."""
-        found = {FEDERATED: self.scores["federated"]}
+        own = self.scores["federated"]
+        found = {FEDERATED: own} | ({PERSONAL: own["personal"]} if "personal" in own else {})
         found |= {POOLED: self.scores["pooled"]} if "pooled" in self.scores else {}
         return found | {f"{ONLY}{name}": scores for name, scores in self.scores.get("local", {}).items()}
 

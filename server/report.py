@@ -22,6 +22,7 @@ from server.record import (
     spans,
     value_of,
 )  # fmt: skip
+from server.report_fair import fairness, matrix, operating, times
 from server.report_parts import Markup, bullets, esc, folded, paragraph
 from server.report_style import PAGE, SCRIPT, STYLE, THEMES
 from server.report_tables import data, further, job, results, sites, versions
@@ -57,6 +58,7 @@ STEPS = {
     "round": "did not count in training",
     "val": "is missing from the validation",
     "test": "did not answer the test",
+    "personal": "did not tell how its own model does",
 }
 
 
@@ -72,13 +74,13 @@ def write_report(folder: Path, store: str = "") -> Path:
         title=esc(record.job.name),
         head=_head(record),
         warnings=_warnings(record),
-        results=results(record) + further(record),
-        sites=sites(record),
+        results=results(record) + further(record) + operating(record),
+        sites=sites(record) + fairness(record) + matrix(record),
         figures="".join(_figure(k, name, figure.layout.meta) for k, (name, figure) in enumerate(figures.items())),
         pictures=_pictures(record),
         data=data(record),
         job=job(record),
-        versions=versions(record),
+        versions=versions(record) + times(record),
         # In a script element only "<" could end it; within JSON it may be spelt out.
         json=content.replace("<", "\\u003c"),
         plotly=get_plotlyjs(),
@@ -149,7 +151,18 @@ def _head(record: Record) -> Markup:
         text += f". At {worst}, its worst site, the federated model reaches {value_of(own['sites'][worst], metric)}"
     less = [metric_name(name) for name in record.metrics() if record.direction(name) < 0]
     note = "Brackets hold 95 % intervals." + (f" Less is better: {', '.join(less)}." if less else "")
-    return Markup(paragraph(f"{text}.{there}", "lead") + paragraph(note, "note"))
+    return Markup(paragraph(f"{text}.{there}", "lead") + paragraph(note + _traffic(record), "note"))
+
+
+def _traffic(record: Record) -> str:
+    """What the rounds moved over the wire, where the events say; of a round that was repeated, its last time."""
+    moved = [pair for event in record.rounds.values() for pair in event.get("bytes", {}).values()]
+    if not moved:
+        return ""
+    down, up = (sum(column) / 1e6 for column in zip(*moved, strict=True))
+    codec = record.job.federation.codec
+    how = "" if codec == "none" else f", as changes coded by {codec}"
+    return f" Over the wire went {down:,.1f} MB to the sites and {up:,.1f} MB back{how}."
 
 
 def _warnings(record: Record) -> Markup:

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly
 
-from server.record import FEDERATED, ONLY, POOLED, SERVER, Record
+from server.record import FEDERATED, ONLY, PERSONAL, POOLED, SERVER, Record
 from server.report_parts import Markup, cell, esc, folded, heads, paragraph, table
 from server.store import Event
 from shared import __version__
@@ -60,6 +60,8 @@ def sites(record: Record) -> Markup:
     if not places:
         return paragraph("There is no test figure of any site.", "note")
     columns = [(FEDERATED, metric, places)]
+    if "personal" in own:
+        columns.append((PERSONAL, metric, own["personal"].get("sites", {})))
     if "local" in scores:
         alone = {site: model.get("sites", {}).get(site, {}) for site, model in scores["local"].items()}
         columns.append(("Trained only here", metric, alone))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
 
 from server.admission import Dropped, Place, admit_facts
 from shared.config import Job
+from shared.pairs import fewest
 from shared.sitefile import SITE_NAME
 
 
@@ -46,3 +49,27 @@ def _site_name(reply: Message | None) -> str:
         return ""
     name = str(reply.content.config_records.get("status", ConfigRecord()).get("site", ""))
     return name if re.fullmatch(SITE_NAME, name) else ""  # a name is all that may ride on it
+
+
+def await_sites(grid: Grid, expected: int, seconds: float) -> None:
+    """Wait until as many sites as are expected are connected, but no longer; a simulated site always is."""
+    deadline = time.monotonic() + seconds
+    while len(list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        time.sleep(1.0)
+
+
+def shortfall(admitted: int, dropped: Sequence[Mapping[str, str]], job: Job, secure: int = 0) -> str:
+    """What a run lacks that ``admitted`` sites are left of, in words; "" if they are enough.
+
+    ``secure`` is how many secure aggregation needs, ``dropped`` are the others, with the reason.
+    """
+    asked = job.federation
+    robust = f"{asked.aggregator} with federation.byzantine = {asked.byzantine}"
+    if asked.aggregator == "trimmed_mean":
+        robust += f" and federation.trim = {asked.trim:g}"
+    needs = [(asked.min_sites, "federation.min_sites"), (secure, "secure aggregation"), (fewest(job), robust)]
+    least, who = max(needs, key=lambda need: need[0])
+    if admitted >= least:
+        return ""
+    reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
+    return f"{admitted} sites are in order, {who} asks for {least} ({reasons})"

@@ -6,9 +6,9 @@ It talks to a Flower ``Grid`` only, so it is the same on one machine, on Ray and
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,24 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from server.admission import Dropped, Place, Update, admit, admit_sums
-from server.algorithm import Algorithm
+from server.admission import Dropped, Place, Update, admit
+from server.algorithm import Algorithm, TooFew
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
-from server.exchange import array_bytes, replies
-from server.roll import call
+from server.corrections import weight_of_all, with_own_rounds
+from server.evaluation import better, evaluate, evaluate_personal, evaluate_subgroups, kept
+from server.roll import await_sites, call, shortfall
+from server.sampling import pass_on, sample
 from server.secure import SecureRound
-from server.store import Store, read_events, write_pictures, write_text
+from server.store import Store, read_events, write_text
+from server.wire import LATE, Content, Line
 from shared import __version__
-from shared.cases import derived_seed
 from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
-from shared.tasks import TASKS, Sums, add_sums, load_task
+from shared.tasks import TASKS, Sums, load_task
 from shared.training import pick_device
-from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, put
+from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names
 
 Arrays = dict[str, Tensor]
 
@@ -72,11 +74,12 @@ class Run:
         self.task = load_task(job.task)
         self.parts = [part.prefix.rstrip(".") for part in self.task.parts(job)]
         self.store = Store(folder, store)
-        self.moved: dict[str, tuple[int, int]] = {}  # bytes of arrays to and from each site, in this round
         self.model = self.task.build_model(job)
         self.resumed = self.checkpoint.load(list(exchanged(self.model, job))) if resume else None
         self.frozen = frozen_digest(self.model, job)
-        self.algorithm = Algorithm(job)
+        self.algorithm = Algorithm(job, trained_names(self.model, job))
+        self.asked: Counter[str] = Counter()  # how often each site was asked to train
+        self.line = Line(job)
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
@@ -109,27 +112,30 @@ class Run:
 
     def _train_all(self, arrays: Arrays) -> Arrays:
         job, done = self.job, self.resumed.round if self.resumed else 0
-        self._await_sites()
+        await_sites(self.grid, self.expected, job.federation.start_timeout)
         self.survey(round_=done)
         if hasattr(self.task, "reference") and not (self.reference or self.is_reference):
             self.reference = train_reference(self.grid, job, self.folder, self.store.store)
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
-            self.algorithm.held = self.resumed.held
+            self.line = Line(job, done, self.resumed.held.pop(LATE, {}))
+            self.algorithm.held.update(self.resumed.held)
+            self.asked.update(self.resumed.more.get("asked", {}))
             if self.central is not None:
                 self.central.bound, self.central.rounds = self.resumed.more["central"]
         else:
             totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
             weights = [float(weight) for weight in self.task.class_weights(totals, job)]
             self.evaluate(arrays, 0, "val")
+        self.class_weights = weights
         for number in range(done + 1, job.federation.rounds + 1):
             self._admit_newcomers(number)
             arrays = self.train_round(arrays, number, weights)
             if number % job.evaluation.every == 0 or number == job.federation.rounds:
                 self._keep_best(number, arrays, self.evaluate(arrays, number, "val"))
             central = [self.central.bound, self.central.rounds] if self.central is not None else []
-            more = {"class_weights": weights, "central": central}
-            state = State(number, arrays, self.best, more, self.algorithm.held)
+            more = {"class_weights": weights, "central": central, "asked": dict(self.asked)}
+            state = State(number, arrays, self.best, more, self.algorithm.held | self.line.held())
             self.checkpoint.save(state, self._facts(number))
         return arrays
 
@@ -138,7 +144,7 @@ class Run:
         metric = self.job.best_metric
         value = metrics.get(metric, NOTHING).value
         sign = TASKS[self.job.task].metrics[metric]
-        if math.isnan(value) or (not math.isnan(self.best.value) and sign * value <= sign * self.best.value):
+        if not better(value, self.best.value, sign):
             return
         self.best = Best(number, value, arrays)
         self.checkpoint.keep_best(self.best, self._facts(number))
@@ -153,11 +159,16 @@ class Run:
             self.store.add("warning", text="no validation image at any site: the last round is the model that is kept")
             self.best = Best(job.federation.rounds, math.nan, last)
             self.checkpoint.keep_best(self.best, self._facts(job.federation.rounds))
+        self.store.add("kept", round=self.best.round, **kept(self))
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
         self.evaluate(self.best.arrays, self.best.round, "test")
+        if keeps_own(job) and self.jury is None:
+            evaluate_personal(self, self.best.arrays, self.best.round)
         if not any(place.images["test"] for place in self.places):
             self.store.add("warning", text="no test image at any site: no test figure can be given")
+        elif job.evaluation.subgroups and self.jury is None and not self.is_reference:
+            evaluate_subgroups(self, self.best.arrays, self.best.round)
         return {
             "best_round": self.best.round,
             "seconds": round(seconds, 1),
@@ -173,26 +184,12 @@ class Run:
         return model
 
     def _exchange(
-        self, kind: str, content: RecordDict | Callable[[Place], RecordDict], places: Iterable[Place], round_: int
+        self, kind: str, content: Content, places: Iterable[Place], round_: int
     ) -> Iterator[tuple[Place, Message | None]]:
-        """Send one content, or each its own, to the places; give each place's reply or None, in their order."""
-        places = list(places)
-        own = content if callable(content) else lambda _: content
-        messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
-        answers = replies(self.grid, messages, self.job.federation.round_timeout)
-        for place, message, reply in zip(places, messages, answers, strict=True):
-            down, up = self.moved.get(place.name, (0, 0))
-            self.moved[place.name] = down + array_bytes(message), up + array_bytes(reply)
-            yield place, reply
+        return self.line.exchange(self.grid, kind, content, places, round_)
 
     def _config(self, round_: int, **more: Any) -> ConfigRecord:
         return ConfigRecord({"round": round_, **more} | ({"reference": True} if self.is_reference else {}))
-
-    def _await_sites(self) -> None:
-        """Wait until all who are expected are connected; a simulated site always is."""
-        deadline = time.monotonic() + self.job.federation.start_timeout
-        while len(list(self.grid.get_node_ids())) < self.expected and time.monotonic() < deadline:
-            time.sleep(1.0)
 
     def survey(self, fresh: bool = True, round_: int = 0) -> None:
         """Ask every node who it is; fill ``places``, sorted by name.
@@ -229,19 +226,12 @@ class Run:
         return dropped
 
     def _require(self, admitted: int, dropped: list[dict[str, str]], when: str, secure: int = 0) -> None:
-        """``secure``: how many secure aggregation needs."""
-        least, who = max((self.job.federation.min_sites, "federation.min_sites"), (secure, "secure aggregation"))
-        if admitted < least:
-            reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
-            raise RunFailed(f"{when}, {admitted} sites are in order, {who} asks for {least} ({reasons})")
+        if lack := shortfall(admitted, dropped, self.job, secure):
+            raise RunFailed(f"{when}, {lack}")
 
     def sample(self, number: int) -> list[Place]:
-        """The sites of a round: all of them, or a share drawn from the job's seed; only those with training images."""
-        able = [place for place in self.places if place.images["train"]]
-        asked = self.job.federation
-        count = max(math.ceil(asked.fraction * len(able) - 1e-9), min(asked.min_sites, len(able)))
-        chosen = random.Random(derived_seed(self.job.seed, "sample", number)).sample(range(len(able)), count)
-        return [able[i] for i in sorted(chosen)]
+        """The sites of a round, see ``server.sampling``."""
+        return sample(self.places, self.job, number, self.asked)
 
     def train_round(self, arrays: Arrays, number: int, class_weights: list[float]) -> Arrays:
         """Send ``arrays`` out, aggregate the replies that are in order, return the new global arrays.
@@ -250,43 +240,52 @@ class Run:
             RunFailed: fewer replies than the quorum were in order.
         """
         started = time.monotonic()
-        self.moved = {}
+        self.line.took.clear()
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         places = self.sample(number)
-        config = self._config(number, **{"class-weights": [float(weight) for weight in class_weights]})
+        self.asked.update(place.name for place in places)
+        self.algorithm.everyone = weight_of_all(self.places, self.job)
+        config = self._config(number, **{"class-weights": list(map(float, class_weights))})
+        config["best"] = self.best.round  # of which a site must not forget what is its own
         if self.job.privacy.dp == "distributed":  # one divisor at all sites, so that each one's noise weighs the same
             config["examples"] = sum(place.images["train"] for place in self.places) / len(self.places)
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})
-        for name, beside in self.algorithm.outgoing().items():
-            content[name] = ArrayRecord(beside)
         if self.job.privacy.secure_aggregation:
             return self._secure_round(places, arrays, config, started)
 
-        def admitted() -> Iterator[tuple[float, Arrays]]:
-            for place, reply in self._exchange(MessageType.TRAIN, content, places, number):
+        def admitted(places: list[Place], sent: Arrays) -> Iterator[tuple[float, Arrays]]:
+            content = RecordDict({"arrays": ArrayRecord(sent), "config": config})
+            beside = self.algorithm.outgoing(sent)
+            for name, record in beside.items():
+                content[name] = ArrayRecord(record)
+            own = with_own_rounds(self.line.addressed(content, sent, number - 1), self.algorithm.correction)
+            for place, reply in self._exchange(MessageType.TRAIN, own, places, number):
                 try:
-                    update: Update = admit(reply, arrays, self.job, place.images["train"])
+                    update: Update = admit(reply, sent, self.job, place.images["train"], beside)
                 except Dropped as reason:
                     dropped.append({"site": place.name, "reason": str(reason)})
                     continue
                 trained.append({"site": place.name, **update.told(self.parts)})
-                yield update.weight, update.arrays
+                yield self.algorithm.take(update, place.name, number, sent)
+                del update, reply  # the next one needs the room
 
-        noised: dict[str, Any] = {}
+        noised = {}
         try:
             if self.central is not None:
-                merged = self.central.merge(admitted(), arrays, len(places))
+                merged = self.central.merge(admitted(places, arrays), arrays, len(places))
+                merged = self.algorithm.step(arrays, merged, number)
                 noised = {"central": self.central.facts()}
+            elif self.job.federation.order == "cyclic":
+                merged = self.algorithm.step(arrays, pass_on(admitted, places, arrays, number), number)
             else:
-                merged = self.algorithm.merge(admitted(), arrays, number)
-        except ValueError:
+                merged = self.algorithm.merge(admitted(places, arrays), arrays, number)
+        except TooFew:
             merged = arrays
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": trained, "dropped": dropped, "seconds": seconds, "bytes": dict(self.moved)}
+        facts = {"trained": self._timed(trained), "dropped": dropped, "seconds": seconds, "bytes": self.line.weighed()}
         self.store.add("round", round=number, **facts, **noised)
         self._require(len(trained), dropped, f"in round {number}")
-        return merged
+        return self.line.step(arrays, merged, number)
 
     def _secure_round(self, places: list[Place], arrays: Arrays, config: ConfigRecord, started: float) -> Arrays:
         """The same round with the sites' models under masks, of which only the sum is seen."""
@@ -294,42 +293,19 @@ class Run:
         secure = SecureRound(self._exchange, places, arrays, config, self.job, self.parts)
         merged = secure.run()
         seconds = round(time.monotonic() - started, 3)
-        facts = {"trained": secure.trained, "dropped": secure.dropped, "secure": secure.facts}
-        self.store.add("round", round=number, **facts, seconds=seconds, bytes=dict(self.moved))
+        facts = {"trained": self._timed(secure.trained), "dropped": secure.dropped, "secure": secure.facts}
+        self.store.add("round", round=number, **facts, seconds=seconds, bytes=self.line.weighed())
         lost = [*secure.dropped, *secure.facts["silent"]]
         self._require(secure.left, lost, f"in round {number}", secure.needed)
-        return merged
+        return self.algorithm.step(arrays, merged, number)
+
+    def _timed(self, trained: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a round with the seconds from the question to each site's reply."""
+        return [row | {"seconds": round(self.line.took[row["site"]], 3)} for row in trained]
 
     def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
         """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": self._config(number, split=split)})
-        if self.reference:
-            content[REFERENCE] = ArrayRecord(self.reference)
-        sums: dict[str, Sums] = {}
-        dropped: list[dict[str, str]] = []
-        asked = [place for place in self.places if place.images[split]]
-        for place, reply in self._exchange(MessageType.EVALUATE, content, asked, number):
-            try:
-                sums[place.name] = admit_sums(reply, self.template, self.task, self.job, place.images[split])
-            except Dropped as reason:
-                dropped.append({"site": place.name, "reason": str(reason)})
-        whole = add_sums([self.template, *sums.values()])
-        metrics = self.task.summarise(whole, self.job)
-        facts: dict[str, Any] = {"round": number, "split": split, "metrics": _rows(metrics), "dropped": dropped}
-        facts["images"] = whole["n"]
-        facts["sites"] = {name: _rows(self.task.summarise(part, self.job)) for name, part in sums.items()}
-        facts["site_images"] = {name: part["n"] for name, part in sums.items()}
-        if split == "test":
-            facts["sums"] = sums
-        if self.heldout is not None:
-            own = self.task.collect(self._model_of(arrays), self.heldout, self.job, self.device)
-            facts["server"] = _rows(self.task.summarise(own, self.job))
-            facts["server_images"] = own["n"]
-        if hasattr(self.task, "show"):
-            pictures = self.task.show(self._model_of(arrays), self.job)
-            facts["pictures"] = write_pictures(self.folder / "pictures", pictures, f"{split}-{number:06}")
-        self.store.add("evaluation", **facts)
-        return metrics  # type: ignore[no-any-return]
+        return evaluate(self, arrays, number, split)
 
 
 def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") -> Arrays:
@@ -344,7 +320,3 @@ def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") 
         run.is_reference = True
         run.run()
     return run.best.arrays
-
-
-def _rows(metrics: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
-    return {name: vars(estimate) for name, estimate in metrics.items()}

@@ -199,7 +199,7 @@ class SecureRound:
             {
                 "site": name,
                 "weight": 1.0 if equal else float(self.places[name].images["train"]),
-                "steps": self.job.train.local_steps,
+                "steps": self.job.local_steps(self.places[name].images["train"]),
                 "images": 0,
                 "loss": math.nan,
             }

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
+from shared.local_pairs import check_local
+from shared.pairs import check_federation
 from shared.rules import check_rules
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
-from shared.strategies import STRATEGIES, resolve
+from shared.strategies import AGGREGATORS, STRATEGIES, resolve
+from shared.subgroups import parse_subgroups
 from shared.tasks import TASKS
 
 __all__ = [
@@ -77,6 +80,12 @@ class Job:
         """The validation metric that picks the best round."""
         return self.evaluation.best_metric or next(iter(TASKS[self.task].metrics))
 
+    def local_steps(self, images: int) -> int:
+        """Gradient steps of a round at a site that tells of ``images`` training images."""
+        if not self.train.local_epochs:
+            return self.train.local_steps
+        return max(1, math.ceil(self.train.local_epochs * images / self.train.batch_size - 1e-9))
+
     def flat(self) -> dict[str, Scalar]:
         """All settings as ``{"table.key": value}``, in the order of this file."""
         flat: dict[str, Scalar] = {}
@@ -129,6 +138,10 @@ _TABLES = {
     "privacy": Privacy,
 }
 STRATEGY = "federation.strategy"
+_OPEN: dict[str, Iterable[str]] = {
+    STRATEGY: STRATEGIES,
+    "federation.aggregator": AGGREGATORS,
+}  # registries that a program may add to
 RUN_PREFIX = "run."  # where a run's files lie; set by the engine, no part of the job or its hash
 
 
@@ -158,9 +171,9 @@ def _checked(key: str, value: Any, item: dataclasses.Field[Any]) -> Scalar:
         names = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
         raise UserError(f"{key} = {value!r}: must be {names[kind]}, for example {json.dumps(item.default)}")
     meta = item.metadata
-    if meta["choices"] and value not in meta["choices"]:
-        hint = nearest(str(value), meta["choices"])
-        raise UserError(f"{key} = {value!r}: must be one of {', '.join(meta['choices'])}{hint}")
+    choices = tuple(_OPEN.get(key, meta["choices"]))
+    if choices and value not in choices:
+        raise UserError(f"{key} = {value!r}: must be one of {', '.join(choices)}{nearest(str(value), choices)}")
     low, high = meta["low"], meta["high"]
     if kind is float and not math.isfinite(cast(float, value)):
         raise UserError(f"{key} = {value!r}: must be a finite number")
@@ -215,11 +228,15 @@ def _check_together(job: Job) -> None:
         )
     if job.data.format not in (*facts.formats, "cases"):
         raise UserError(f"data.format = {job.data.format!r}: {job.task} reads {', '.join(facts.formats)}")
+    if parse_subgroups(job.evaluation.subgroups) and job.task == "generation":
+        raise UserError("evaluation.subgroups: invented images have no patients; leave it out")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
+    check_federation(job)
     data = job.data
     check_rules(data.harmonise, data.landmarks, data.channels, data.spacing, job.task, bool(job.modalities))
     _check_privacy(job)
+    check_local(job)
     if job.privacy.secure_aggregation:
         _check_secure(job)
 
@@ -239,7 +256,8 @@ def _check_privacy(job: Job) -> None:
         raise UserError(f'privacy.dp = "{dp}": set privacy.epsilon or privacy.noise_multiplier, else there is no noise')
     needed: dict[str, Scalar] = {"train.class_weights": "none"}  # they would be computed from exact counts
     if dp in ("local", "distributed"):
-        needed |= {"train.precision": "float32"}  # norms and noise are not proven right in less
+        # Norms and noise are not proven right in less; what is computed at once is train.batch_size already.
+        needed |= {"train.precision": "float32", "train.accumulate": 1, "train.compile": False}
     if dp == "distributed":  # the noise of all sites adds up in one noised sum of clipped gradients
         needed |= {
             "privacy.secure_aggregation": True,
@@ -256,21 +274,12 @@ def _check_privacy(job: Job) -> None:
 
 
 def _check_secure(job: Job) -> None:
-    """What secure aggregation needs, and what needs the single replies that it hides."""
+    """What secure aggregation needs; ``shared.pairs`` has what does not go with it."""
     if job.federation.max_update_norm <= 0:
         raise UserError(
             "privacy.secure_aggregation = true: set federation.max_update_norm above 0, "
             "the L2 norm to which each site clips its change"
         )
-    for key, value, summed in (
-        ("federation.aggregator", job.federation.aggregator, ("mean",)),
-        ("privacy.dp", job.privacy.dp, ("none", "local", "distributed")),
-    ):
-        if value not in summed:
-            raise UserError(
-                f"{key} = {value!r}: needs each site's own reply, which privacy.secure_aggregation hides; "
-                f"use {' or '.join(summed)}"
-            )
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

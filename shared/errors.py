@@ -14,6 +14,7 @@ CODES = {
     "no-cache": "the site cannot write its image cache",
     "no-training-images": "the site has no images for training",
     "too-few-images": "the site has too few training images for this model",
+    "model-missing": "the site no longer has the model that it was sent a change of",
     "diverged": "the training loss at the site is no longer a number",
     "bad-configuration": "the site’s settings are wrong",
     "internal-error": "something unforeseen failed at the site",

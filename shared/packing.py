@@ -1,8 +1,8 @@
 """The arrays of a record as one, for the way between machines.
 
 Flower 1.41 sends every array of a record as two objects or more, and every object is a request of its own on each hop
-between the server's program and a site's: a network of 320 arrays is 645 requests a hop, each way. As one array it is a
-piece for every 5 MiB.
+between the server's program and a site's: a ResNet-50 is 543 requests a hop, each way. Packed it is 24, of which most
+are pieces of 5 MiB.
 
 Flower's records are known here by what they can do: ``shared`` imports no Flower. Its Array is made of a dtype, a
 shape, the name of how it was serialised, and bytes; those travel as they are.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.rules import PERCENTS, RULES
-from shared.strategies import STRATEGIES
+from shared.strategies import AGGREGATORS, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
 from shared.tasks import TASKS
 
 # How a folder of images may be laid out; each task reads some of them. "cases" is what a partition writes.
@@ -130,6 +130,9 @@ class Model:
 @dataclass(frozen=True)
 class Train:
     local_steps: int = knob(1, "gradient steps at each site in each round", low=1, high=1_000_000)
+    local_epochs: float = knob(
+        0.0, "instead of local_steps: passes over a site's own images in each round; 0 is off", low=0.0, high=10_000.0
+    )
     batch_size: int = knob(32, "images per gradient step", low=1, high=65_536)
     optimizer: str = knob("adamw", "local optimiser", choices=("adamw", "sgd"))
     learning_rate: float = knob(0.004, "peak learning rate", low=0.0, high=100.0)
@@ -143,6 +146,14 @@ class Train:
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     precision: str = knob("float32", "bfloat16: autocast on devices that gain by it", choices=("float32", "bfloat16"))
+    accumulate: int = knob(
+        1,
+        "a batch is computed in so many parts whose gradients are added up, where it is too large",
+        low=1,
+        high=65_536,
+    )
+    compile: bool = knob(False, "compile the network with torch.compile: a slow first step, faster ones after it")
+    reproducible: bool = knob(True, "on GPUs: the same bits every time, where torch can; false is faster")
 
 
 @dataclass(frozen=True)
@@ -153,10 +164,79 @@ class Federation:
     strategy: str = knob(
         "fedavg", "a name for a choice of the settings below; what the job sets itself wins", choices=tuple(STRATEGIES)
     )
-    aggregator: str = knob("mean", "how replies become one model", choices=("mean",))
-    weighting: str = knob(
-        "examples", "a site counts by its training images, or each the same", choices=("examples", "equal")
+    aggregator: str = knob(
+        "mean", "how replies become one model; `consilium strategies` explains each", choices=tuple(AGGREGATORS)
     )
+    byzantine: int = knob(
+        1, "robust aggregators: so many sites may send anything at all; fewer replies than this asks for end the run",
+        low=0, high=10_000,
+    )  # fmt: skip
+    trim: float = knob(0.2, "trimmed_mean: share of the replies cut off at either end", low=0.01, high=0.49)
+    selected: int = knob(
+        0, "multikrum: replies that are averaged; 0 is their number without byzantine and two more", low=0
+    )
+    clip_norm: float = knob(0.0, "clipped_mean: largest L2 norm of a change; 0 takes the round's median norm", low=0.0)
+    memory_mb: int = knob(
+        4096, "robust aggregators: MB of replies held in memory, the rest lies in temporary files", low=0, high=10**9
+    )
+    server_optimizer: str = knob(
+        "none", "what steps on the averaged change of the model", choices=tuple(SERVER_OPTIMIZERS)
+    )
+    server_learning_rate: float = knob(
+        0.0, "of the server's optimiser; 0 is 0.1 for momentum, 0.01 for adam, yogi, adagrad", low=0.0, high=100.0
+    )
+    server_schedule: str = knob(
+        "constant", "the server's learning rate over the whole run", choices=("constant", "cosine")
+    )
+    server_momentum: float = knob(0.9, "momentum; first moment of adam and yogi", low=0.0, high=0.999)
+    server_beta2: float = knob(0.99, "second moment of adam and yogi", low=0.0, high=0.9999)
+    server_tau: float = knob(
+        0.001,
+        "adam, yogi, adagrad: added to the root of the second moment; more is less adaptive",
+        low=1e-9,
+        high=1.0,
+    )
+    weighting: str = knob(
+        "examples",
+        "a site counts by its training images, each the same, or by images times its loss to the power of fairness",
+        choices=("examples", "equal", "loss"),
+    )
+    fairness: float = knob(
+        1.0, 'weighting = "loss": more than 0 favours sites that do badly (q of q-FFL)', low=0.0, high=10.0
+    )
+    order: str = knob(
+        "parallel",
+        "parallel: sites train side by side and are averaged; cyclic: the model goes from site to site",
+        choices=("parallel", "cyclic"),
+    )
+    sampling: str = knob(
+        "balanced",
+        "with fraction below 1: every site equally often over time, or each round drawn anew",
+        choices=("balanced", "random"),
+    )
+    codec: str = knob(
+        "none",
+        "how the model's changes travel, both ways: whole, in fewer bits, or only the largest numbers of them",
+        choices=("none", "bf16", "int8", "int2", "sign", "topk", "topk-int8"),
+    )
+    codec_keep: float = knob(0.1, "topk: share of the numbers that travel in a round", low=1 / 256, high=1.0)
+    correction: str = knob(
+        "none",
+        "what a site's training gets against drifting apart; `consilium strategies` explains each",
+        choices=tuple(CORRECTIONS),
+    )
+    proximal_mu: float = knob(0.01, "proximal: mu, the strength of the pull", low=0.0, high=1e4)
+    feddyn_alpha: float = knob(0.1, "feddyn: alpha, the strength of the pull", low=1e-6, high=1e4)
+    local: str = knob(
+        "nothing",
+        "what stays at the site; `consilium strategies` explains each",
+        choices=tuple(LOCAL),
+    )
+    ditto_lambda: float = knob(0.1, "ditto: lambda, how strongly the common model pulls it", low=0.0, high=1e4)
+    finetune_steps: int = knob(
+        0, "steps in which each site fits the final model to its own images, for itself", low=0, high=1_000_000
+    )
+    finetune_rate: float = knob(0.1, "learning rate of these steps, as a share of the peak", low=0.0, high=10.0)
     max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
     max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
     round_timeout: float = knob(
@@ -173,6 +253,22 @@ class Evaluation:
         10, "validate the global model at the sites every so many rounds, and after the last", low=1, high=1_000_000
     )
     best_metric: str = knob("", "the validation metric that picks the best round; '' is the task's first")
+    operating_point: str = knob(
+        "youden",
+        "how the probability from which the answer is yes is chosen on the validation images: largest sensitivity + "
+        "specificity; at least operating_value of either; or operating_value itself",
+        choices=("youden", "sensitivity", "specificity", "fixed"),
+    )
+    operating_value: float = knob(
+        0.9,
+        "the least sensitivity or specificity on validation images, or the fixed probability",
+        low=0.0,
+        high=1.0,
+    )
+    subgroups: str = knob(
+        "",
+        "test figures by group where sites allow it, as 'sex, age=18|65, scanner=Siemens|GE, column=value|value'",
+    )
     batch_size: int = knob(128, "images per forward pass", low=1, high=65_536)
     overlap: float = knob(0.25, "segmentation: share by which sliding windows overlap", low=0.0, high=0.9)
     samples: int = knob(500, "generation: invented images per evaluation", low=2, high=100_000)

@@ -44,6 +44,7 @@ PRIVACY: dict[str, bool | float | int | str] = {
     "unit": "image",
     "min_patients": 0,
     "metrics": "all",
+    "subgroups": "",
     "min_cell": 1,
     "exact_counts": True,
     "declared_images": 0,

@@ -7,16 +7,103 @@
 
 A strategy sets every setting that the job leaves at its default; what the job sets itself wins. So a resolved job reads
 back as itself. To add a name: one line in ``STRATEGIES``.
+
+An aggregator is one line in ``AGGREGATORS`` and one function of that name, see ``server.aggregation``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.settings import Federation
 
 Value = str | int | float | bool
 
+
+def _trimmed(bad: int, share: float) -> int:
+    """The fewest replies of which ``share`` is ``bad`` whole ones."""
+    return next(n for n in itertools.count(1) if int(share * n) >= bad)
+
+
+@dataclass(frozen=True)
+class Aggregator:
+    """What a job may count on: ``help`` in a few words; ``summed`` if sums of replies are enough, as under masks;
+    ``least`` replies that are needed where ``federation.byzantine`` sites may send anything, and ``federation.trim`` of
+    them are cut off. ``function`` is the aggregator itself, if ``server`` has none of this name.
+    """
+
+    help: str
+    summed: bool = False
+    least: Callable[[int, float], int] = lambda bad, trim: 2 * bad + 1
+    function: Callable[..., dict[str, Any]] | None = None
+
+
+AGGREGATORS: dict[str, Aggregator] = {
+    "mean": Aggregator("weighted mean; one bad site can move it anywhere", True, lambda bad, trim: 1),
+    "clipped_mean": Aggregator("weighted mean of changes cut to federation.clip_norm, 0: to their median norm"),
+    "median": Aggregator("the median of every single number"),
+    "trimmed_mean": Aggregator("mean of every number without the share federation.trim at either end", least=_trimmed),
+    "geometric_median": Aggregator("the point whose distances to all replies have the least weighted sum"),
+    "krum": Aggregator("the one reply that lies closest to the others", least=lambda bad, trim: 2 * bad + 3),
+    "multikrum": Aggregator(
+        "weighted mean of the federation.selected replies closest to the others", least=lambda bad, trim: 2 * bad + 3
+    ),
+    "bulyan": Aggregator(
+        "of the replies closest to each other, mean of the numbers near their median",
+        least=lambda bad, trim: 4 * bad + 3,
+    ),
+}
+
+# By name: the server's learning rate where the job's is 0, and what the optimiser does.
+SERVER_OPTIMIZERS: dict[str, tuple[float, str]] = {
+    "none": (1.0, "the aggregate is the new model"),
+    "momentum": (0.1, "gradient descent with momentum; at 0.1 and momentum 0.9 as far in the long run as without"),
+    "adam": (0.01, "Adam"),
+    "yogi": (0.01, "Yogi: Adam whose second moment grows slower"),
+    "adagrad": (0.01, "Adagrad: steps shrink with all changes so far"),
+}
+
+CORRECTIONS: dict[str, str] = {
+    "none": "sites follow their own gradients",
+    "proximal": "a pull to the common model (FedProx)",
+    "scaffold": "control variates say how each site drifts, which is taken off",
+    "fednova": "changes are counted per step, where sites take different numbers of them",
+    "feddyn": "each site's loss is bent so that all have one optimum",
+}
+
+LOCAL: dict[str, str] = {
+    "nothing": "one model for all",
+    "norm": "normalisation layers stay at the site (FedBN)",
+    "head": "the head stays at the site (FedPer)",
+    "ditto": "each site trains a model of its own beside the common one",
+}
+
 STRATEGIES: dict[str, dict[str, Value]] = {
     "fedavg": {},
+    "fedavgm": {"federation.server_optimizer": "momentum"},
+    "fedadam": {"federation.server_optimizer": "adam"},
+    "fedyogi": {"federation.server_optimizer": "yogi"},
+    "fedadagrad": {"federation.server_optimizer": "adagrad"},
+    "fedmedian": {"federation.aggregator": "median"},
+    "fedtrimmedavg": {"federation.aggregator": "trimmed_mean"},
+    "normclip": {"federation.aggregator": "clipped_mean"},
+    "rfa": {"federation.aggregator": "geometric_median"},
+    "krum": {"federation.aggregator": "krum"},
+    "multikrum": {"federation.aggregator": "multikrum"},
+    "bulyan": {"federation.aggregator": "bulyan"},
+    "qffl": {"federation.weighting": "loss"},
+    "cyclic": {"federation.order": "cyclic"},
+    "fedprox": {"federation.correction": "proximal"},  # Li et al. 2020
+    "scaffold": {"federation.correction": "scaffold"},  # Karimireddy et al. 2020
+    "fednova": {"federation.correction": "fednova"},  # Wang et al. 2020
+    "feddyn": {"federation.correction": "feddyn"},  # Acar et al. 2021
+    "fedbn": {"federation.local": "norm"},  # Li et al. 2021
+    "fedper": {"federation.local": "head"},  # Arivazhagan et al. 2019
+    "ditto": {"federation.local": "ditto"},  # Li et al. 2021
 }
 
 
@@ -27,3 +114,15 @@ def resolve(name: str, flat: Mapping[str, Value], defaults: Mapping[str, Value])
         if chosen.get(key, defaults[key]) == defaults[key]:
             chosen[key] = value
     return chosen
+
+
+def in_words(federation: Federation) -> str:
+    """How a job's sites make one model, as a sentence begins."""
+    if federation.order == "cyclic":
+        how = "Training from site to site in turn"
+    elif federation.aggregator == "mean":
+        how = "Federated averaging"
+    else:
+        how = f"Federated training, merged by {federation.aggregator},"
+    optimizer = federation.server_optimizer
+    return how if optimizer == "none" else f"{how} with {optimizer} at the server"

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from shared.cases import derived_seed
 from shared.config import Job
+from shared.corrections import Correction
+from shared.devices import ahead, compiled, cut, fused, tuned
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.tasks import Part
@@ -97,11 +99,14 @@ def make_optimizer(model: nn.Module, job: Job, parts: Sequence[Part] = (Part(),)
         }
         for part in parts
     ]
+    # None is torch's own choice; on CPUs another would change the last bits.
+    one = fused([parameter for group in groups for parameter in group["params"]]) or None
     if job.train.optimizer == "sgd":
-        return torch.optim.SGD(groups, rate, job.train.momentum, weight_decay=decay, nesterov=job.train.momentum > 0)
+        nesterov = job.train.momentum > 0
+        return torch.optim.SGD(groups, rate, job.train.momentum, weight_decay=decay, nesterov=nesterov, fused=one)
     for group, part in zip(groups, parts, strict=True):
         group["betas"] = part.betas
-    return torch.optim.AdamW(groups, rate, weight_decay=decay)
+    return torch.optim.AdamW(groups, rate, weight_decay=decay, fused=one)
 
 
 def take_moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -158,12 +163,16 @@ def train(
     steps: int,
     class_weights: Sequence[float],
     moments: dict[str, Tensor] | None = None,
+    correction: Correction | None = None,
+    total: int = 0,
 ) -> Trained:
     """Train ``model`` in place for ``steps`` gradient steps, numbers ``first_step`` onwards of the whole run.
 
     Args:
         site: enters the seeds, so that sites draw independently.
         moments: the optimiser's state from an earlier call, or None to start afresh.
+        correction: what is added to the gradients of each step.
+        total: steps of the whole run, over which the learning rate goes; 0 is what the job asks for of this data.
 
     Raises:
         SiteRefusal: there is nothing to train on, or the loss is no longer finite.
@@ -177,30 +186,42 @@ def train(
     optimizer = make_optimizer(model, job, parts)
     if moments is not None:
         put_moments(optimizer, moments)
-    total = job.federation.rounds * job.train.local_steps
+    total = total or job.federation.rounds * job.local_steps(len(data))
     seed = derived_seed(job.seed, site)
     torch.manual_seed(derived_seed(seed, first_step))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16")
     set_mode(model, job)
-    if min(len(data), job.train.batch_size) == 1 and _normalises_batches(model):
+    least = min(map(len, cut(range(min(len(data), job.train.batch_size)), job)))
+    if least == 1 and _normalises_batches(model):
         raise SiteRefusal(
             "too-few-images", f"{job.model.name} normalises over a batch: one training image is not enough"
         )
     sums = torch.zeros(len(parts), device=device)
-    seen = 0
-    for number in range(first_step, first_step + steps):
+    compiled(model, job)
+
+    def batches(number: int) -> list[tuple[Any, int]]:
+        """Of a step: the batch, or the parts in which its gradient is added up, each with its number of images."""
         indices = batch_indices(len(data), job.train.batch_size, number, seed)
-        batch = task.batch(data, indices, job, device, train=True)
-        for place, (part, group) in enumerate(zip(parts, optimizer.param_groups, strict=True)):
-            group["lr"] = learning_rate(number, total, job) * part.rate
-            # The other parts' gradients are None, and the optimiser passes over parameters without one.
-            optimizer.zero_grad(set_to_none=True)
-            with autocast:
-                loss = task.step(model, batch, job, class_weights, part.prefix)
-            loss.backward(inputs=group["params"])
-            optimizer.step()
-            sums[place] += loss.detach() * len(indices)  # stays on the device: no wait per step
-        seen += len(indices)
+        return [(task.batch(data, part, job, device, train=True), len(part)) for part in cut(indices, job)]
+
+    seen = 0
+    numbers = range(first_step, first_step + steps)
+    with tuned(device, job):
+        for number, shown in zip(numbers, ahead(batches, numbers, device), strict=True):
+            images = sum(count for _, count in shown)
+            for place, (part, group) in enumerate(zip(parts, optimizer.param_groups, strict=True)):
+                group["lr"] = learning_rate(number, total, job) * part.rate
+                # The other parts' gradients are None, and the optimiser passes over parameters without one.
+                optimizer.zero_grad(set_to_none=True)
+                for batch, count in shown:
+                    with autocast:
+                        loss = task.step(model, batch, job, class_weights, part.prefix)
+                    (loss if count == images else loss * (count / images)).backward(inputs=group["params"])
+                    sums[place] += loss.detach() * count  # stays on the device: no wait per step
+                if correction is not None:
+                    correction.adjust(group["params"])
+                optimizer.step()
+            seen += images
     optimizer.zero_grad(set_to_none=True)
     losses = tuple(sums.tolist())
     if not math.isfinite(sum(losses)):

@@ -3,27 +3,100 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from shared.config import Job
+from shared.errors import UserError
 from shared.tasks import load_task
 
+# torch's layers, torchvision's frozen ones and our own have no base in common, but all are called so.
+_NORM = re.compile(r"Norm(\dd)?$")
 REFERENCE = "reference"  # the submodule that holds the network a model is measured by, see shared.tasks
 
 
 def exchanged_names(model: nn.Module, job: Job) -> list[str]:
-    """Names of the parameters and buffers that travel, in the model's order: all, or the head of a frozen backbone.
+    """Names of the parameters and buffers that travel, in the model's order: all, or the head of a frozen backbone;
+    less what ``federation.local`` leaves at home.
 
     A reference network (``REFERENCE``) is no part of what is trained: it travels on its own, with each evaluation.
+
+    Raises:
+        UserError: the job leaves normalisation layers at home and the model has none, or nothing is left to travel.
     """
     names = [name for name in model.state_dict() if not name.startswith(f"{REFERENCE}.")]
     if job.model.freeze == "backbone":
         prefix = load_task(job.task).head_prefix(job)
         names = [name for name in names if name.startswith(prefix)]
+    stays = set(home_names(model, job))
+    if stays and stays.issuperset(names):
+        raise UserError(f"federation.local = {job.federation.local!r}: nothing of {job.model.name} is left to travel")
+    return [name for name in names if name not in stays]
+
+
+def home_names(model: nn.Module, job: Job) -> list[str]:
+    """Names of the parameters and buffers that each site keeps for itself, in the model's order; see ``STAYS``.
+
+    Raises:
+        UserError: there are none, though the job asks for it.
+    """
+    choose = STAYS.get(job.federation.local)
+    if choose is None:
+        return []
+    chosen = choose(model, job)
+    names = [name for name in model.state_dict() if name in chosen and not name.startswith(f"{REFERENCE}.")]
+    if not names:
+        raise UserError(
+            f"federation.local = {job.federation.local!r}: {job.model.name} has no such layer; use 'head' or 'ditto'"
+        )
     return names
+
+
+def keeps_own(job: Job) -> bool:
+    """Whether each site ends with a model of its own, which it saves."""
+    return job.federation.local != "nothing" or job.federation.finetune_steps > 0
+
+
+def whole(job: Job) -> bool:
+    """Whether what travels is a whole model, or, with a frozen backbone, completes one that is known."""
+    return job.federation.local not in STAYS
+
+
+def _norms(model: nn.Module, job: Job) -> set[str]:
+    """All of the normalisation layers, statistics included: FedBN (Li et al. 2021), for any kind of them."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if _NORM.search(type(module).__name__)
+        for name in module.state_dict()
+    }
+
+
+def _head(model: nn.Module, job: Job) -> set[str]:
+    """The head: FedPer (Arivazhagan et al. 2019)."""
+    prefix = load_task(job.task).head_prefix(job)
+    return {name for name in model.state_dict() if name.startswith(prefix)}
+
+
+# What stays at the site, by ``federation.local``. A personal model beside the common one (Ditto) keeps nothing back.
+STAYS: dict[str, Callable[[nn.Module, Job], set[str]]] = {"norm": _norms, "head": _head}
+
+
+def trained_names(model: nn.Module, job: Job) -> list[str]:
+    """Those of ``exchanged_names`` that are trained by gradients: neither statistics nor frozen weights."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [name for name in exchanged_names(model, job) if name in trained]
+
+
+def control_scale(job: Job, images: int) -> float:
+    """How far a round of plain gradient descent goes along a gradient of norm 1: what bounds on a change make of it.
+
+    ``images`` are those that the site trains on.
+    """
+    return job.train.learning_rate * job.local_steps(images)
 
 
 def exchanged(model: nn.Module, job: Job) -> dict[str, Tensor]:
@@ -62,8 +135,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def frozen_digest(model: nn.Module, job: Job) -> str:
-    """Digest of what does not travel, which must be the same at every site; '' if everything travels."""
-    travels = set(exchanged_names(model, job))
+    """Digest of what is frozen, which must be the same at every site; '' if all is trained, wherever it stays."""
+    travels = {*exchanged_names(model, job), *home_names(model, job)}
     stays = {
         name: tensor
         for name, tensor in model.state_dict().items()

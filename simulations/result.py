@@ -39,7 +39,8 @@ class Result:
     def rows(self) -> list[dict[str, Any]]:
         """One row per trained model and test set: model, tested on, metric, value, low, high, n."""
         scores = self.scores
-        models = {"federated": scores["federated"]}
+        own = scores["federated"]
+        models = {"federated": own} | ({"personal": own["personal"]} if "personal" in own else {})
         models |= {"pooled": scores["pooled"]} if "pooled" in scores else {}
         models |= {f"local {name}": row for name, row in scores.get("local", {}).items()}
         return [

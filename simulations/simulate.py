@@ -15,6 +15,7 @@ from flwr.app import Context, RecordDict
 from server.app import app as server_app
 from server.database.engine import open_database
 from server.heldout import load_heldout
+from server.results import cross_site as cross_site_of
 from server.results import run_scores
 from server.rounds import Run, RunFailed, train_reference
 from server.store import Event, fresh_folder, listening, write_json
@@ -44,6 +45,7 @@ def run(
     *,
     workers: int | None = None,
     baselines: bool = False,
+    cross_site: bool = False,
     heldout: str | Path | None = None,
     observe: Observer | None = None,
     store: str = "",
@@ -63,6 +65,7 @@ def run(
         workers: worker processes, one thread each; default one per core, of the cluster with ``engine="ray"``, or
             one per place on ``devices``. The result does not depend on it.
         baselines: also train each site alone and all sites pooled, with the same total number of gradient steps.
+        cross_site: train each site alone, with the same number of steps, and test each of these models at every site.
         heldout: a site.toml of images the server holds itself.
         observe: called with every event of every run.
         store: the database that shows the run, a path or ``postgresql://…``; default consilium.sqlite beside ``out``.
@@ -94,8 +97,9 @@ def run(
     extra |= {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with _pool(job, workers, devices, per_device, engine, address) as pool:
         nodes = [node_of(folder / "sites", file) for file in files]
-        jury = Run(_grid(pool, nodes, job, folder, 1), job, folder / "baselines", store=None)
-        if baselines and hasattr(jury.task, "reference"):
+        judged = job.replace(**{key: PLAIN[key] for key in _OF_SITES})  # baselines are whole models
+        jury = Run(_grid(pool, nodes, judged, folder, 1), judged, folder / "baselines", store=None)
+        if (baselines or cross_site) and hasattr(jury.task, "reference"):
             # Trained once, here, so that the federated model and the baselines are measured by one network.
             with _heard(REFERENCE, observe):
                 jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder, store)
@@ -104,14 +108,16 @@ def run(
         if federated:
             runs[FEDERATED] = _federated(_grid(pool, nodes, job, folder, 0, extra))
         others = {}
-        if baselines:
+        if baselines or cross_site:
             # Too few sites: the federated run will say so, where there is one.
             with contextlib.suppress(*([RunFailed] if federated else [])):
                 jury.survey(fresh=False)
-                others = _baselines(pool, files, jury, store)
+                others = _baselines(pool, files, jury, store, pooled=baselines)
         failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= ({FEDERATED: run_scores(folder)} if federated else {}) | _collect(others)
+    if cross_site and federated:
+        result["cross_site"] = cross_site_of(result, job.best_metric)
     write_json(folder / "result.json", result)
     if federated and pages:
         _write_pages(folder, store)
@@ -194,6 +200,22 @@ def _federated(grid: LocalGrid) -> Callable[[], object]:
     return lambda: server_app(grid, context)
 
 
+_OF_SITES = ("federation__strategy", "federation__correction", "federation__local", "federation__finetune_steps")
+# What merges replies, or keeps sites apart, has nothing to do with one site.
+PLAIN: dict[str, Scalar] = {
+    "federation__strategy": "fedavg",
+    "federation__aggregator": "mean",
+    "federation__weighting": "examples",
+    "federation__order": "parallel",
+    "federation__correction": "none",
+    "federation__local": "nothing",
+    "federation__finetune_steps": 0,
+    "federation__server_optimizer": "none",
+    "federation__server_learning_rate": 0.0,
+    "federation__server_schedule": "constant",
+}
+
+
 def _of_one(job: Job) -> dict[str, Scalar]:
     """What privacy is left to a node alone: it has nobody to be summed with, nor to be hidden among."""
     alone: dict[str, Scalar] = {"privacy__secure_aggregation": False}
@@ -204,24 +226,33 @@ def _of_one(job: Job) -> dict[str, Scalar]:
     return alone
 
 
-def _baselines(pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, store: str) -> dict[str, Run]:
-    """A federation of one for each site alone and for all sites pooled.
+def _baselines(
+    pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, store: str, pooled: bool
+) -> dict[str, Run]:
+    """A federation of one for each site alone and, if wanted, for all sites pooled.
+    if cross_site and federated:
+        result["cross_site"] = cross_site_of(result, job.best_metric)
 
     Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
     augmentation and schedule; each is tested on all sites' test images.
     """
     job = jury.job
-    per_round = len(jury.sample(1))
+    # Sites that train in epochs take steps by their size: in a round with a share of the sites, as many in the mean.
+    each = [job.local_steps(place.images["train"]) for place in jury.places if place.images["train"]]
+    per_round = round(len(jury.sample(1)) * sum(each) / max(len(each), 1))
     alone = job.replace(
-        train__local_steps=job.train.local_steps * per_round,
+        train__local_steps=max(per_round, 1),
+        train__local_epochs=0.0,
         federation__min_sites=1,
         federation__fraction=1.0,
+        **PLAIN,
+        federation__codec="none",  # nothing would travel
         **_of_one(job),
     )
     homes = jury.folder
     named = {read_site(file).name: file for file in files}
     runs: dict[str, Run] = {}
-    models = {POOLED: list(named.values())}
+    models = {POOLED: list(named.values())} if pooled else {}
     # No site's name has a blank in it, so that a site called "pooled" is not taken for the pooled baseline.
     models |= {f"only {place.name}": [named[place.name]] for place in jury.places if place.images["train"]}
     for model, chosen in models.items():

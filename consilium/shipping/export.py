@@ -28,6 +28,7 @@ from consilium.shipping.quantise import loss_of, write_int8
 from consilium.shipping.sidecar import inputs_facts, outputs_facts, postprocessing, preprocessing
 from consilium.trained import TrainedModel, facts_of, open_run
 from server.card import model_card
+from server.markdown import plain
 from server.store import write_json, write_text
 from shared.config import Job, load_job, nearest
 from shared.errors import SiteRefusal, UserError
@@ -60,17 +61,19 @@ def export(
     int8: bool = False,
     images: Path | None = None,
     weights: str = "best",
+    parts: Path | None = None,
 ) -> Exported:
     """Write the model of ``run`` to ``out`` in some of FORMATS; all files appear at once, or none.
 
     ``images``: a file or folder of images, or a site.toml, whose test images have labels, too: each file is run on them
-    as well as on random inputs, and must agree with the PyTorch network within TOLERANCE.
+    as well as on random inputs, and must agree with the PyTorch network within TOLERANCE. ``parts``: a site's own model
+    of the run, to be written instead of the common one.
 
     Raises:
         UserError: no run, no such format, a network that cannot be had in it, or a file that does not agree; one line.
     """
     _check_asked(formats, int8)
-    trained = open_run(run, weights, "cpu")
+    trained = open_run(run, weights, "cpu", parts)
     job = trained.job
     spec = spec_of(job, trained.model)
     graph = Graph(trained.model, job, spec).eval()
@@ -206,13 +209,16 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _readme(run: Path, trained: TrainedModel, weights: str) -> str:
     """The run's card; where these are not the weights that were tested it says so first."""
-    card = model_card(run)
-    if weights == "best":
+    card, site = model_card(run), trained.facts.get("site", "")
+    if weights == "best" and not site:
         return card
     head, _, rest = card.partition("\n# ")
     said = f"These files hold the last round's weights, of round {trained.facts.get('round', '?')}; the figures below"
+    said = f"{said} are of the best round's."
+    if site:
+        said = f"These files hold the own model of the site {plain(site)}, not the common one."
     title, _, body = rest.partition("\n")
-    return f"{head}\n# {title}\n\n**{said} are of the best round's.**\n{body}"
+    return f"{head}\n# {title}\n\n**{said}**\n{body}"
 
 
 def _sidecar(trained: TrainedModel, spec: Spec, files: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def run_cells(plan: Plan, text: str, out: Path, cores: int | None, observe: Obse
         UserError: ``out`` is not a study's folder, or another study runs in it.
         KeyboardInterrupt: Ctrl-C or SIGTERM; no process is left, and the next call goes on.
     """
-    cores = cores or len(os.sched_getaffinity(0))
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     with _folder(out), _terminable():
         write_text(out / MARK, text)
         pending: deque[Cell] = deque()

@@ -15,6 +15,7 @@ from server.dashboard.federation import FederationView
 from server.dashboard.live import Watcher
 from server.database import read
 from server.record import reason_words
+from server.releases import against_release
 from shared import __version__
 from shared.errors import UserError
 
@@ -118,7 +119,31 @@ def test(request: Request, id: Id) -> Response:
     last = whole[-1]
     rows = {name: rows[-1] for name, rows in read.site_metrics(_db(request), id, "test").items()}
     sites = {name: row for name, row in rows.items() if row["round"] == last["round"]}
-    return _json({key: last[key] for key in ("round", "images", "metrics", "server", "dropped")} | {"sites": sites})
+    found = {key: last[key] for key in ("round", "images", "metrics", "server", "dropped")} | {"sites": sites}
+    point = read.last_facts(_db(request), id, "evaluation", "test").get("operating_point")
+    return _json(found | {"operating_point": point})
+
+
+@router.get("/runs/{id}/subgroups", responses=NOT_FOUND)
+def subgroups(request: Request, id: Id) -> Response:
+    """Test figures by group of patients, as far as sites tell of them: groups by name, and who tells of none; null
+    where the job asked for none."""
+    _run(request, id)
+    found = read.last_facts(_db(request), id, "subgroups")
+    for row in found.get("groups", {}).values():
+        row.pop("sums", None)  # thousands of counts that no page shows
+    return _json(found or None)
+
+
+@router.get("/runs/{id}/cross-site", responses=NOT_FOUND)
+def cross_site(request: Request, id: Id, metric: Metric = "") -> Response:
+    """One metric of each site's own model and of the federated one on every site's test images: {model: {site:
+    figure}}; null where no site's own model was trained."""
+    row = _run(request, id)
+    metric = metric or row["metric"]
+    found = views.cross_site(_db(request), row, metric)
+    words = views.metric_words(row["task"], [metric])[0]
+    return _json(found and {"metric": words, "models": found})
 
 
 @router.get("/runs/{id}/sites", responses=NOT_FOUND)
@@ -184,6 +209,18 @@ def model(request: Request, id: Id) -> Response:
     if path := models.file_of(folder, models.CARD):
         found["card"] = models.card_html(path)
     found["report"] = models.file_of(folder, models.REPORT) is not None
+    found["kept"] = read.last_facts(_db(request), id, "kept") or None
+    return _json(found)
+
+
+@router.get("/runs/{id}/previous", responses=NOT_FOUND)
+def previous(request: Request, id: Id) -> Response:
+    """The model held against the release before it, on the test sums of the sites that tested both; null without a
+    registry, or where there is no other release."""
+    row, folder = _run(request, id), request.app.state.registry
+    found = against_release(_db(request), id, folder) if folder is not None else None
+    if found and found.get("metrics"):
+        found["words"] = views.metric_words(row["task"], found["metrics"])
     return _json(found)
 
 

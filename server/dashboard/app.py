@@ -11,16 +11,18 @@ from importlib.resources import files
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.dashboard import metrics
 from server.dashboard.api import Id, router
 from server.dashboard.federation import FederationView
 from server.dashboard.guard import Access, Guard
 from server.dashboard.live import Watcher
 from server.dashboard.views import Sites
 from server.database.engine import open_database, words
+from server.releases import listed
 from shared import __version__
 from shared.errors import UserError
 
@@ -29,12 +31,17 @@ KINDS = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "ht
 PLOTLY = "plotly.js"
 
 
-def create_app(store_url: str | Path | URL, access: Access, federation: Path | None = None) -> FastAPI:
-    """The dashboard of a store; ``federation`` is a provisioned folder whose server runs on this machine.
+def create_app(
+    store_url: str | Path | URL, access: Access, federation: Path | None = None, registry: Path | None = None
+) -> FastAPI:
+    """The dashboard of a store; ``federation`` is a provisioned folder whose server runs on this machine, ``registry``
+    the folder of releases that models are compared with.
 
     Raises:
-        UserError: the store cannot be opened, or no federation was set up in the folder.
+        UserError: the store cannot be opened, no federation was set up in the folder, or there is no registry.
     """
+    if registry is not None:
+        listed(registry)
     db = open_database(store_url, create=False)
     view = FederationView(federation) if federation is not None else None
     watcher = Watcher(db, view)
@@ -57,9 +64,10 @@ def create_app(store_url: str | Path | URL, access: Access, federation: Path | N
         redoc_url=None,
     )
     app.state.db, app.state.federation, app.state.watcher = db, view, watcher
-    app.state.sites = Sites(db)
+    app.state.sites, app.state.registry = Sites(db), registry
     app.include_router(router)
     _pages(app)
+    _metrics(app)
     app.add_exception_handler(SQLAlchemyError, _unreadable)
     app.add_exception_handler(UserError, _not_so)
     app.add_middleware(Guard, access=access)
@@ -90,6 +98,17 @@ def _pages(app: FastAPI) -> None:
         if found is None or kind is None:
             raise HTTPException(404, "no such file")
         return Response(found.read_bytes(), media_type=kind, headers={"Cache-Control": "no-cache"})
+
+
+def _metrics(app: FastAPI) -> None:
+    @app.get("/metrics", include_in_schema=False)
+    def prometheus() -> Response:
+        """For Prometheus, which sends the token as it is told to."""
+        try:
+            content = metrics.page(app.state.db, app.state.federation)
+        except metrics.Missing as error:
+            return PlainTextResponse(f"{error}\n", 501)
+        return Response(content, media_type=metrics.TYPE)
 
 
 def _plotly(small: bool) -> Response:

@@ -54,14 +54,20 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(
-    store: str | Path, access: Access, host: str, port: int, federation: Path | None, say: Callable[[str], None]
+    store: str | Path,
+    access: Access,
+    host: str,
+    port: int,
+    federation: Path | None,
+    say: Callable[[str], None],
+    registry: Path | None = None,
 ) -> None:
     """Serve until Ctrl-C; ``say`` hears the address, with the token, once.
 
     Raises:
         UserError: the store cannot be opened, or the port is taken.
     """
-    app = create_app(store, access, federation)
+    app = create_app(store, access, federation, registry)
     plain = host.strip("[]")
     family = socket.AF_INET6 if ":" in plain else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

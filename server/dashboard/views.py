@@ -81,6 +81,23 @@ def fairness(sites: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, bett
     }
 
 
+def cross_site(db: Engine, row: Row, metric: str) -> Row | None:
+    """The metric of the run's model and of its sites' own models at every site: {model: {site: figure}}."""
+    models = {"federated": row["id"]}
+    models |= {f"only {_site_of(one['path'])}": one["id"] for one in row["children"] if one["kind"] == "local"}
+    if len(models) < 2:
+        return None
+    found: Row = {}
+    for name, id in models.items():
+        sites = read.site_metrics(db, id, "test", [metric])
+        found[name] = {site: rows[-1]["metrics"].get(metric) for site, rows in sites.items()}
+    return found
+
+
+def _site_of(path: str) -> str:
+    return path.rpartition("/")[2].removeprefix("local-")
+
+
 CELL = ("images", "loss", "epsilon", "seconds")
 
 

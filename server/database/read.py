@@ -16,6 +16,7 @@ from server.database import schema as t
 from server.database.journal import key_of
 from server.database.query import LISTED, Row, evaluated, exists, figures_of, plain, run_column, run_row, spent
 from server.database.query import events as events
+from server.timing import split_time
 
 
 def runs(
@@ -180,14 +181,39 @@ def privacy(db: Engine, id: int) -> Row:
     return {"spent": spent(db, id), "allowed": allowed, "course": course | ({"": central} if central else {})}
 
 
+def last_facts(db: Engine, id: int, kind: str, split: str | None = None) -> Row:
+    """What the last event of a kind (and split) says beside what has tables of its own; {} where there is none."""
+    own = [t.event.c.run == id, t.event.c.kind == kind] + ([t.event.c.split == split] if split is not None else [])
+    asked = select(t.event.c.round, t.event.c.facts).where(*own).order_by(t.event.c.seq.desc()).limit(1)
+    with db.connect() as connection:
+        exists(connection, id)
+        row = connection.execute(asked).first()
+    return {} if row is None else {"round": row.round, **row.facts}
+
+
+def _parts(db: Engine, id: int) -> dict[int, Row]:
+    """Training, transfer and waiting of every round; see ``server.timing``."""
+    asked = select(t.event.c.round, t.round_.c.seconds.label("lasted"), t.site_round.c.seconds, t.site_round.c.more)
+    asked = asked.select_from(t.event).join(t.round_, t.round_.c.event == t.event.c.id)
+    asked = asked.join(t.site_round, t.site_round.c.event == t.event.c.id)
+    asked = asked.where(t.event.c.run == id, t.event.c.kind == "round", t.site_round.c.reason.is_(None))
+    rows: dict[tuple[int, float | None], list[Row]] = {}
+    with db.connect() as connection:
+        for number, lasted, took, more in connection.execute(asked):
+            told = {"seconds": took, "train_seconds": (more or {}).get("train_seconds")}
+            rows.setdefault((number, lasted), []).append(told)
+    return {number: split_time(lasted, found) for (number, lasted), found in rows.items()}
+
+
 def timings(db: Engine, id: int) -> Row:
-    """``seconds`` of the run, ``rounds``: [{round, seconds, down, up}], ``sites``: {name: {seconds, down, up}}; None
-    where it was not told."""
+    """``seconds`` of the run, ``rounds``: [{round, seconds, train, transfer, wait, down, up}], ``sites``: {name:
+    {seconds, down, up}}; None where it was not told. ``train`` … ``wait`` are seconds as of ``server.timing``."""
     moved = [func.sum(t.site_round.c[name]).label(name) for name in ("seconds", "down", "up")]
     asked = select(t.site_round.c.site, *moved).join_from(t.event, t.site_round)
     asked = asked.where(t.event.c.run == id, t.event.c.kind == "round").group_by(t.site_round.c.site)
     names = ("round", "seconds", "down", "up")
-    of_rounds = [{name: row[name] for name in names} for row in rounds(db, id)]
+    parts, unknown = _parts(db, id), split_time(None, [])
+    of_rounds = [{name: row[name] for name in names} | parts.get(row["round"], unknown) for row in rounds(db, id)]
     with db.connect() as connection:
         sites = {row.pop("site"): _whole(row) for row in plain(connection, asked.order_by(t.site_round.c.site))}
     return {"seconds": run(db, id)["seconds"], "rounds": of_rounds, "sites": sites}

@@ -34,6 +34,7 @@ def round_row(event: Event, rows: Iterable[Mapping[str, Any]]) -> Row:
     rows = list(rows)
     told = [event["secure"]] if "secure" in event else [row for row in rows if row["reason"] is None]
     pairs = [(row.get("loss"), row.get("images") or 0) for row in told]
+    others = event.get("bytes", {}).values()  # of sites that did not train, but were sent something
     counted = [(loss, images) for loss, images in pairs if loss is not None and images]
     return {
         "seconds": event.pop("seconds", None),
@@ -41,8 +42,8 @@ def round_row(event: Event, rows: Iterable[Mapping[str, Any]]) -> Row:
         "dropped": sum(row["reason"] is not None for row in rows),
         "images": sum(images for _, images in pairs),
         "loss": sum(loss for loss, _ in counted) / sum(n for _, n in counted) if counted else None,
-        "down": _total(row["down"] for row in rows),
-        "up": _total(row["up"] for row in rows),
+        "down": _total([*(row["down"] for row in rows), *(down for down, _ in others)]),
+        "up": _total([*(row["up"] for row in rows), *(up for _, up in others)]),
     }
 
 

@@ -37,7 +37,8 @@ def spacing_kept(picture: Picture, path: Path, job: Job) -> np.ndarray:
     """Millimetres per pixel (row, column) of what ``fitted`` gives, float64; zeros where the file tells none."""
     if job.data.spacing:
         return np.full(2, job.data.spacing)
-    return pixel_spacing(path) * (max(picture.shape[:2]) / job.data.size)
+    spacing: np.ndarray = pixel_spacing(path) * (max(picture.shape[:2]) / job.data.size)
+    return spacing
 
 
 def prepared_by(job: Job) -> str:

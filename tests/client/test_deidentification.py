@@ -190,6 +190,25 @@ def test_nothing_that_names_a_patient_leaves_a_site_that_takes_part(site: Site) 
         assert leaks(reply) == []
 
 
+def test_nothing_that_names_a_patient_leaves_beside_the_model_or_with_a_sites_own(site: Site) -> None:
+    """SCAFFOLD's control variates, and the figures of a site's own model, which itself stays in the site's folder."""
+    model = load_task(site.job.task).build_model(site.job)
+    zeros = {name: torch.zeros_like(value) for name, value in model.named_parameters() if value.requires_grad}
+    for kind, strategy in (("train", "scaffold"), ("train", "ditto"), ("evaluate.personal", "ditto")):
+        own = Site(site.job.replace(federation__strategy=strategy), site.file)
+        context = Context(7, 2, {"site": str(site.file)}, RecordDict(), dict(own.job.flat()))
+        content = message_with_weights(kind, own)
+        if strategy == "scaffold":
+            content.content["control"] = ArrayRecord(zeros)  # type: ignore[arg-type]
+        if hasattr(load_task(site.job.task), "reference"):
+            content.content[REFERENCE] = ArrayRecord(model.get_submodule(REFERENCE).state_dict())  # type: ignore[arg-type]
+        reply = app(content, context)
+        assert reply.content["status"]["ok"], (kind, (site.file.parent / "site.log").read_text()[-2000:])
+        assert leaks(reply) == []
+    (file,) = (site.file.parent / ".consilium" / "personal").glob("*.safetensors")
+    assert MARK.encode() not in file.read_bytes()
+
+
 def unknown_label(site: Site) -> None:
     table = site.file.parent / "labels.csv"
     text = table.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,7 +152,7 @@ def changes(draw: st.DrawFn, content: RecordDict) -> Change:
         more.append(lambda c: _set(c, record, key, sha256(MARK.encode()).hexdigest()[:-1]))
     chosen: Change = draw(st.sampled_from(more))
     # A training reply may do without what is optional.
-    if chosen is more[5] and key in ("loss", "images"):
+    if chosen is more[5] and key in ("loss", "images", "seconds"):
         chosen = more[0]
     return chosen
 
@@ -248,6 +249,69 @@ def test_of_secure_aggregation_byte_strings_of_fixed_lengths_leave(
                 checked(kind, RecordDict({name: ConfigRecord(record | {key: wrong})}), "", "a", asked)
     with pytest.raises(Refused):
         checked(kind, RecordDict({name: ConfigRecord(record | {"more": b"x" * 32})}), "", "a", asked)
+
+
+def scaffold_reply(site: Path, job: Job) -> Reply:
+    """A reply of SCAFFOLD that passes, from the real app."""
+    job = job.replace(federation__strategy="scaffold")
+    sent = message("train", job)
+    model = load_task(job.task).build_model(job)
+    zeros = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    sent.content["control"] = ArrayRecord(zeros)  # type: ignore[arg-type]
+    where = context(site, job)
+    content = app(sent, where).content
+    del content["status"]
+    return Reply(
+        "train.scaffold", content, Asked(job, open_workspace(where.node_config, where.run_config, job), sent.content)
+    )
+
+
+def test_a_control_variate_leaves_as_it_is_and_in_no_other_form(three_sites: Path, tiny_job: Job) -> None:
+    kind, content, asked = scaffold_reply(three_sites / "a", tiny_job)
+    assert checked(kind, content, "", "a", asked)["control"] == content["control"]
+    arrays = {name: array.numpy() for name, array in content["control"].items()}
+    first = next(iter(arrays))
+    wrong = {
+        "missing": dict(list(arrays.items())[1:]),
+        "more": arrays | {MARK: arrays[first]},
+        "other order": dict(reversed(arrays.items())),
+        "shape": arrays | {first: arrays[first].reshape(-1)},
+        "kind": arrays | {first: arrays[first].astype(np.float64)},
+        "not finite": arrays | {first: np.full_like(arrays[first], np.nan)},
+    }
+    for what, values in wrong.items():
+        content["control"] = ArrayRecord({name: Array(np.asarray(value)) for name, value in values.items()})
+        with pytest.raises(Refused) as refused:
+            checked(kind, content, "", "a", asked)
+        assert MARK not in str(refused.value), what
+    del content["control"]
+    with pytest.raises(Refused, match="instead of"):
+        checked(kind, content, "", "a", asked)
+
+
+def test_a_control_variate_without_the_correction_does_not_leave(three_sites: Path, tiny_job: Job) -> None:
+    _, content, _ = scaffold_reply(three_sites / "a", tiny_job)
+    kind, plain, asked = good("train", three_sites / "a", tiny_job)
+    plain["control"] = content["control"]
+    with pytest.raises(Refused, match="instead of"):
+        checked(kind, plain, "", "a", asked)
+
+
+def test_the_sites_bound_holds_for_what_a_control_variate_is_worth(three_sites: Path, tiny_job: Job) -> None:
+    kind, content, asked = scaffold_reply(three_sites / "a", tiny_job)
+    norm = math.sqrt(sum(float(np.square(array.numpy().astype(float)).sum()) for array in content["control"].values()))
+    worth = norm * tiny_job.train.learning_rate * tiny_job.train.local_steps
+    moved = 10.0  # more than the model's own change
+    for factor, passes in ((moved * 0.99, False), (moved * 1.01, True)):
+        bound = replace(asked.workspace.policy, max_update_norm=factor)
+        scaled = {name: Array(array.numpy() * np.float32(moved / worth)) for name, array in content["control"].items()}
+        larger = RecordDict({**content, "control": ArrayRecord(scaled)})
+        held = replace(asked, workspace=replace(asked.workspace, policy=bound))
+        if passes:
+            checked(kind, larger, "", "a", held)
+        else:
+            with pytest.raises(Refused, match="is worth a change of"):
+                checked(kind, larger, "", "a", held)
 
 
 def test_a_masked_model_is_one_vector_as_long_as_the_model(three_sites: Path, tiny_job: Job) -> None:

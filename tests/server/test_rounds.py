@@ -17,7 +17,8 @@ from client.app import app as real
 from server.rounds import Run, RunFailed
 from server.store import read_events
 from shared.config import Job
-from shared.tasks import load_task
+from shared.tasks import Sums, add_sums, load_task
+from shared.tasks.classification.learning import sums_of_logits
 from shared.weights import exchanged
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
@@ -153,7 +154,8 @@ def test_losses_of_parts_that_the_model_has_not_are_passed_over(
     federate(twisted("b", edit_metrics(losses=losses)), three_sites, tiny_job.replace(federation__rounds=1), out)
     (round_,) = [event for event in read_events(out) if event["event"] == "round"]
     assert round_["dropped"] == []
-    assert [list(item) for item in round_["trained"]] == [["site", "weight", "steps", "images", "loss"]] * 3
+    told = ["site", "weight", "steps", "images", "loss", "train_seconds", "seconds"]
+    assert [list(item) for item in round_["trained"]] == [told] * 3
 
 
 def test_the_text_of_a_sites_exception_reaches_no_file_of_the_server(
@@ -268,14 +270,14 @@ def test_a_reply_too_far_from_the_global_model_is_dropped(three_sites: Path, tin
 class Scripted(Run):
     """A run whose validation figures are given, so that only the choice of the best round is at work."""
 
-    script: list[float]
+    script: list[float | None]
 
-    def __init__(self, job: Job, folder: Path, script: list[float]) -> None:
+    def __init__(self, job: Job, folder: Path, script: list[float | None]) -> None:
         super().__init__(None, job, folder)  # type: ignore[arg-type]
         for number, value in enumerate(script, start=1):
             from shared.intervals import NOTHING
 
-            metrics = {job.best_metric: type(NOTHING)(value, value, value, 1)}
+            metrics = {job.best_metric: type(NOTHING)(value, value, value, 1)} if value is not None else {}
             self._keep_best(number, {"w": torch.tensor([float(number)])}, metrics)
 
 
@@ -288,12 +290,48 @@ class Scripted(Run):
         ("loss", [3.0, 1.0, 2.0], 2),  # less is better
         ("auroc", [float("nan"), 0.4, float("nan")], 2),  # a round without the figure is never best
         ("loss", [2.0, float("nan"), 1.0], 3),
+        ("auroc", [None, 0.3, None], 2),  # nor one in which the metric never came
+        ("loss", [None, None, 4.0], 3),
+        ("auroc", [0.6, 0.9, 0.9, 0.8], 2),  # of equals that are best the earlier
     ],
 )
-def test_the_best_round_is_kept(metric: str, script: list[float], best: int, tiny_job: Job, tmp_path: Path) -> None:
+def test_the_best_round_is_kept(
+    metric: str, script: list[float | None], best: int, tiny_job: Job, tmp_path: Path
+) -> None:
     run = Scripted(tiny_job.replace(evaluation__best_metric=metric), tmp_path, script)
     assert run.best.round == best
     assert load_file(tmp_path / "model.safetensors")["w"].item() == best
+
+
+def test_one_easy_site_does_not_pick_the_round(tiny_job: Job, tmp_path: Path) -> None:
+    """The figure is that of all sites' images together: a small site that is right at last does not outvote the rest,
+    as the mean of the sites' figures would let it."""
+    task = load_task(tiny_job.task)
+
+    def sums(right: int, wrong: int) -> Sums:
+        scores = torch.tensor([[-2.0, 2.0]] * right + [[2.0, -2.0]] * wrong, dtype=torch.float64)
+        logits = torch.cat([scores, scores.flip(1)])  # as many of the one class as of the other
+        return sums_of_logits([(logits, [(1,)] * (right + wrong) + [(0,)] * (right + wrong))], tiny_job)
+
+    by_round = [(sums(80, 20), sums(1, 3)), (sums(60, 40), sums(4, 0))]  # (the large site, the easy one)
+    job = tiny_job.replace(evaluation__best_metric="accuracy")
+    pooled = [task.summarise(add_sums(sites), job)["accuracy"].value for sites in by_round]
+    means = [sum(task.summarise(one, job)["accuracy"].value for one in sites) / 2 for sites in by_round]
+    assert means[0] < means[1]
+    assert pooled[0] > pooled[1]
+    assert Scripted(job, tmp_path, list(pooled)).best.round == 1
+
+
+def test_what_was_kept_is_written_down_with_its_rule(tiny_job: Job, three_sites: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = federate(real, three_sites, tiny_job.replace(evaluation__best_metric="loss"), out)
+    events = read_events(out)
+    [kept] = [event for event in events if event["event"] == "kept"]
+    values = {e["round"]: e["metrics"]["loss"]["value"] for e in events if e.get("split") == "val" and e["round"]}
+    assert kept["round"] == result["best_round"] == min(values, key=lambda number: (values[number], number))
+    assert kept["value"] == min(values.values())
+    assert (kept["metric"], kept["direction"], kept["considered"]) == ("loss", -1, [1, 2, 3])
+    assert kept["rule"].startswith("smallest loss over all sites’ validation images")
 
 
 def test_without_validation_images_the_last_round_is_kept_and_said(

@@ -106,6 +106,8 @@ def company(key: str, value: Any) -> dict[str, Any]:
     if key in ("privacy.epsilon", "privacy.noise_multiplier"):
         both = {"privacy.epsilon": 1.0, "privacy.noise_multiplier": 1.0}
         return {"privacy.dp": "local", "train.class_weights": "none"} | both
+    if key in ("federation.server_learning_rate", "federation.server_schedule"):
+        return {"federation.server_optimizer": "adam"}
     if key == "data.landmarks":
         return {"data.harmonise": "nyul", key: "0.01 .1 .2 .3 .4 .5 .6 .7 .8 .9 .99"}
     if key == "privacy.secure_aggregation":
@@ -275,7 +277,7 @@ def other(key: str) -> Any:
     if item.metadata["choices"]:
         return next((word for word in item.metadata["choices"] if word != item.default), None)
     special: dict[str, Any] = {"evaluation.best_metric": "loss", "data.channels": 3, "data.classes": "abnormal,normal"}
-    special["privacy.delta"] = 1e-6
+    special |= {"privacy.delta": 1e-6, "evaluation.subgroups": "sex"}
     special |= {"data.harmonise": "polarity,zscore", "data.landmarks": ".1 .2 .25 .3 .4 .5 .6 .7 .8 .85 .9"}
     if key in special:
         return special[key]

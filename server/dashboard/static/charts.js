@@ -32,7 +32,7 @@ export async function draw(place, traces, {x = 'round', y = '', alt = '', unit =
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', height: 340, width: place.clientWidth,
     margin: {l: 10, r: 10, t: 10, b: 10}, showlegend: traces.filter(trace => trace.name).length > 1,
     legend: {orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom'}, dragmode: narrow ? false : 'zoom',
-    barmode: bars ? 'group' : undefined, hovermode: 'closest',
+    barmode: bars === true ? 'group' : bars || undefined, hovermode: 'closest',
     hoverlabel: {bgcolor: colour('--soft'), bordercolor: colour('--muted'), font: {color: colour('--ink')}, namelength: -1},
     xaxis: {...axis, title: {text: x}, rangemode: 'tozero', tickformat: 'd', dtick: last <= 12 ? 1 : undefined}, yaxis: {...axis, title: {text: y}, ...unit},
   };

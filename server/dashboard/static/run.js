@@ -1,6 +1,7 @@
 // One run: warnings first, then the global metric, the sites, who trained when, privacy, time and bytes.
 import {ask, badge, bytes, count, epsilon, facts, fill, h, headline, live, number, plural, seconds, spans, table, time, withInterval} from './base.js';
 import {curve, DASHES, draw, escaped, SERIES, spark} from './charts.js';
+import {showGroups, showMatrix, showPoint} from './fair.js';
 import {gridOf} from './grid.js';
 
 const STEPS = {survey: 'before the first round', round: 'training', val: 'validation', test: 'test'};
@@ -31,12 +32,12 @@ export async function show(main, id) {
     fill(head, () => header(found, api, () => update()), [found.run, found.outcome, found.stoppable]);
     chooser(found.metrics, () => update());
     const ready = await Promise.all([ask(api + '/warnings'), ask(api + '/course' + query), ask(api + '/sites' + query), ask(api + '/test'),
-      ask(api + '/privacy'), ask(api + '/rounds')]);
-    const [told, by, local, test, spent, times] = ready;
+      ask(api + '/privacy'), ask(api + '/rounds'), ask(api + '/subgroups'), ask(api + '/cross-site' + query)]);
+    const [told, by, local, test, spent, times, groups, matrix] = ready;
     fill(warnings, () => warningList(told, found.run), [told, found.run.status]);
     await showCourse(course, by, found.run);
-    fill(tested, () => showTest(test, found), [test, found.children]);
-    fill(sites, () => showSites(local, by), [local, by.val]);
+    fill(tested, () => [...showTest(test, found), ...showPoint(test?.operating_point)], [test, found.children]);
+    fill(sites, () => [...showSites(local, by, showGroups(groups, local.metric)), ...showMatrix(matrix)], [local, by.val, groups, matrix]);
     await grids(found.run);
     await showPrivacy(privacy, spent);
     await showCost(cost, times);
@@ -123,7 +124,7 @@ function showTest(test, found) {
   return parts;
 }
 
-function showSites(local, by) {
+function showSites(local, by, groups) {
   const words = local.metric, fair = local.fairness, names = Object.keys(local.sites);
   const parts = [];
   if (fair) {
@@ -132,6 +133,7 @@ function showSites(local, by) {
       ['Worst site', [`${fair.worst.site} `, headline(fair.worst, words)]], ['Best site', [`${fair.best.site} `, headline(fair.best, words)]],
       ['Spread over sites', number(fair.spread, words), true], ['Measured on', on]]));
   }
+  parts.push(...groups);
   const points = Object.values(local.sites).flat().filter(point => point[1] !== null);
   if (!points.length) return [...parts, h('p', {class: 'note'}, 'No site has told a validation figure yet.')];
   const values = points.map(point => point[1]).concat(by.val.map(point => point.value).filter(value => value !== null));
@@ -167,22 +169,33 @@ async function showCost(place, times) {
   const time = h('div', {class: 'chart'}), moved = h('div', {class: 'chart'});
   const sent = times.rounds.some(row => row.down !== null);
   const down = times.rounds.reduce((sum, row) => sum + (row.down ?? 0), 0), up = times.rounds.reduce((sum, row) => sum + (row.up ?? 0), 0);
+  const known = times.rounds.every(row => row.train !== null);
   const rows = Object.entries(times.sites), waits = rows.some(([, row]) => row.seconds !== null);
   const news = fill(place, () => !times.rounds.length ? h('p', {class: 'note'}, 'No round is done yet.') : [
     facts([['The run took', seconds(times.seconds)], ['Rounds took', seconds(times.rounds.reduce((sum, row) => sum + (row.seconds ?? 0), 0))],
       sent ? ['To the sites', bytes(down)] : null, sent ? ['From the sites', bytes(up)] : null]),
     h('div', {class: 'split'}, time, sent ? moved : null),
+    h('p', {class: 'note'}, 'Seconds of a round, means over its sites: training as the sites tell it; transfer and queues, from the question to the reply less the training; waiting for slower sites. '
+      + (known ? '' : 'Not every site tells how long it trained: then only waiting is told apart.')),
     table('Each site, over all rounds', ['Site', ...(waits ? ['From question to reply'] : []), 'Bytes to it', 'Bytes from it'],
       rows.map(([name, row]) => [name, ...(waits ? [seconds(row.seconds)] : []), bytes(row.down), bytes(row.up)])),
   ], times);
   if (!news || !times.rounds.length) return;
   const x = times.rounds.map(row => row.round);
-  await draw(time, [{type: 'bar', x, y: times.rounds.map(row => row.seconds), marker: {color: '#0072B2'}, hovertemplate: 'round %{x}: %{y:.1f} s<extra></extra>'}],
-    {y: 'seconds', alt: 'Seconds of each round'});
+  await draw(time, timeParts(times.rounds).map(([name, y, color, pattern]) => ({type: 'bar', x, y, name, marker: {color, pattern: {shape: pattern}},
+    hovertemplate: `round %{x}: %{y:.1f} s ${name}<extra></extra>`})), {y: 'seconds', alt: 'Seconds of each round: training, transfer and queues, waiting', bars: 'stack'});
   if (!sent) return;
   await draw(moved, [['to the sites', 'down', '#0072B2'], ['from the sites', 'up', '#D55E00']].map(([name, key, color]) =>
     ({type: 'bar', x, y: times.rounds.map(row => row[key] === null ? null : row[key] / 1e6), name, marker: {color}, hovertemplate: `round %{x}: %{y:.2f} MB ${name}<extra></extra>`})),
   {y: 'MB', alt: 'Megabytes of each round', bars: true});
+}
+
+/** What a round's seconds are made of: [name, seconds by round, colour, pattern]; where the parts are not known, the whole. */
+function timeParts(rounds) {
+  const sum = row => row.train === null ? (row.wait === null ? row.seconds : row.seconds - row.wait) : 0;
+  const parts = [['training', rounds.map(row => row.train ?? 0), '#0072B2', ''], ['transfer and queues', rounds.map(row => row.transfer ?? 0), '#E69F00', '/'],
+    ['not told apart', rounds.map(row => sum(row) ?? 0), '#6B7785', 'x'], ['waiting', rounds.map(row => row.wait ?? 0), '#BF5F98', '.']];
+  return parts.filter(([, y]) => y.some(value => value > 0));
 }
 
 function showJob({run, settings}) {

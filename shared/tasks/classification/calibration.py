@@ -98,19 +98,20 @@ def threshold(positives: np.ndarray, negatives: np.ndarray) -> float:
     sensitivity = np.cumsum(positives[::-1])[::-1] / positives.sum()
     specificity = 1 - np.cumsum(negatives[::-1])[::-1] / negatives.sum()
     gain = sensitivity + specificity
-    edges = _edges()[:-1]
+    edges = bin_edges()[:-1]
     best = np.flatnonzero(gain >= gain.max() - 1e-12)
     return float(edges[best[np.abs(edges[best] - 0.5).argmin()]])
 
 
 def at_threshold(positives: np.ndarray, negatives: np.ndarray, probability: float) -> tuple[Estimate, Estimate]:
     """Sensitivity and specificity when *yes* is said from this probability on, which is the edge of a bin."""
-    yes = _edges()[:-1] >= probability - 1e-12
+    yes = bin_edges()[:-1] >= probability - 1e-12
     hit, passed = int(positives[yes].sum()), int(negatives[~yes].sum())
     return proportion(hit, int(positives.sum())), proportion(passed, int(negatives.sum()))
 
 
-def _edges() -> np.ndarray:
+def bin_edges() -> np.ndarray:
+    """The probabilities between which the score bins lie, float64 (BINS + 1,), ascending from 0 to 1."""
     bent = np.arange(BINS + 1) / BINS * 2 - 1
     return np.asarray(1 / (1 + np.exp(-_FINE * np.sinh(bent * math.asinh(LIMIT / _FINE)))))
 

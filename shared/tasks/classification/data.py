@@ -18,6 +18,7 @@ from torch import Tensor
 from shared.cases import SPLITS, Sample, SiteData, split_word
 from shared.composed import composed, parts_of, require_parts
 from shared.config import Job
+from shared.devices import to_device
 from shared.errors import SiteRefusal
 from shared.imaging.augment import augmentation, normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
@@ -119,7 +120,7 @@ def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device,
     else:
         if train:
             images = augmentation(job)(images)
-        images = normalise(images.to(device, memory_format=torch.channels_last), job)
+        images = normalise(to_device(images, device, torch.channels_last), job)
     values = values_of_cases(samples, device) if job.tabular else None
     return Batch(images, [sample.target for sample in samples], values)
 

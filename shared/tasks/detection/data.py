@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.cases import Sample, SiteData
 from shared.config import Job
+from shared.devices import to_device
 from shared.imaging.augment import changes, normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
 from shared.imaging.errors import UnreadableImage
@@ -84,8 +85,8 @@ def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device,
         boxes, labels = torch.from_numpy(found.boxes).float(), torch.from_numpy(found.classes) + 1
         if train:
             images[place], boxes, labels = changed(images[place], boxes, labels, job)
-        targets.append({"boxes": boxes.to(device), "labels": labels.to(device)})
-    stacked = torch.stack(images).to(device, memory_format=torch.channels_last)
+        targets.append({"boxes": to_device(boxes, device), "labels": to_device(labels, device)})
+    stacked = to_device(torch.stack(images), device, torch.channels_last)
     return Batch(normalise(stacked, job), targets)
 
 

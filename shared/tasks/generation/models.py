@@ -230,6 +230,10 @@ def reference(job: Job) -> Job:
         "model.width": FEATURES // 4,
         "train.learning_rate": 0.001,
         "federation.rounds": rounds,
+        "federation.strategy": "fedavg",
+        "federation.correction": "none",
+        "federation.local": "nothing",
+        "federation.finetune_steps": 0,
         "evaluation.every": rounds,
     }
     if job.privacy.dp != "none":  # what it asks of the one job it asks of the other

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.cases import Sample, SiteData
 from shared.config import Job
+from shared.devices import to_device
 from shared.imaging.augment import augmentation, shift_and_scale
 from shared.imaging.dataset import Dataset, to_float, to_uint16
 from shared.imaging.prepare import fitted, harmonised, prepared_by, spacing_kept
@@ -77,6 +78,6 @@ def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device,
     images = to_float(data.columns["image"].take(indices))
     if train:
         images = augmentation(job)(images)
-    images = images.to(device, memory_format=torch.channels_last)
+    images = to_device(images, device, torch.channels_last)
     shift, scale = shift_and_scale(images, job)
     return Batch((images - shift) / scale, shift, scale)

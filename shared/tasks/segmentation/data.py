@@ -13,6 +13,7 @@ from torch import Tensor
 from shared.cases import Sample, SiteData
 from shared.composed import flagged
 from shared.config import Job
+from shared.devices import to_device
 from shared.imaging.augment import normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
 from shared.imaging.errors import UnreadableImage
@@ -180,8 +181,8 @@ def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device,
     images, masks = zip(*(_patch(data, index, job, train) for index in indices), strict=True)
     stacked = torch.stack(images)
     return Batch(
-        stacked.to(device, memory_format=memory_format(stacked)),
-        torch.stack(masks).to(device),
+        to_device(stacked, device, memory_format(stacked)),
+        to_device(torch.stack(masks), device),
         [data.samples[index].target for index in indices],
     )
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from shared.cases import Sample, SiteData, split_word
 from shared.config import Job
+from shared.devices import to_device
 from shared.errors import SiteRefusal
 from shared.imaging.augment import changes, normalise
 from shared.imaging.dataset import Dataset, to_float, to_uint16
@@ -182,7 +183,9 @@ def batch(data: Dataset, indices: Sequence[int], job: Job, device: torch.device,
     else:
         series = [_signal(data.columns[SIGNAL][i], job, train) for i in indices]
     lengths = torch.tensor([len(one) for one in series], device=device)
-    return Batch(pad_sequence(series, batch_first=True).to(device), lengths, [data.samples[i].target for i in indices])
+    return Batch(
+        to_device(pad_sequence(series, batch_first=True), device), lengths, [data.samples[i].target for i in indices]
+    )
 
 
 def _film(raw: np.ndarray, job: Job, train: bool) -> Tensor:

@@ -51,7 +51,7 @@ def results(out: Path, kind: str) -> dict[int, dict[str, Any]]:
 def test_the_table_is_what_the_cells_reached(whole: Path) -> None:
     """Read again from the run folders of `simulate`, and the statistics from SciPy and the standard library."""
     cells, table = results(whole, "plain"), rows(whole)
-    alone = results(whole, "baselines-learning-rate-0.004")
+    alone = results(whole, "baselines")
     assert set(cells) == set(alone) == {0, 1}
     for line in table:
         if line["method"] == "plain":
@@ -67,7 +67,7 @@ def test_the_table_is_what_the_cells_reached(whole: Path) -> None:
             assert int(line["bytes"]) == sent > 0
             assert float(line["worst_value"]) == pytest.approx(min(s["auroc"] for s in own["sites"].values()), rel=1e-5)
     gained = {}
-    for site in ("a", "b", "c"):
+    for site in ("a", "b"):
         pairs = [
             (cells[s]["federated"]["sites"][site]["auroc"], alone[s]["local"][site]["sites"][site]["auroc"])
             for s in (0, 1)
@@ -92,9 +92,8 @@ def _journal(out: Path, kind: str, seed: int) -> list[str]:
 def test_every_model_has_the_same_steps_and_the_trivial_one_stands_beside(whole: Path) -> None:
     table = rows(whole)
     methods = {line["method"] for line in table}
-    assert {"trivial", "plain", "slow"} < methods
-    assert {"pooled (learning rate 0.004)", "alone (learning rate 0.0005)"} < methods
-    assert {line["gradient_steps"] for line in table if line["method"] != "trivial"} == {str(2 * 2 * 3)}
+    assert methods == {"trivial", "pooled", "alone", "plain", "equal"}
+    assert {line["gradient_steps"] for line in table if line["method"] != "trivial"} == {str(2 * 2 * 2)}
     assert all(float(line["value"]) > 0.9 for line in table if line["method"] == "trivial")  # halves are easily told
 
 
@@ -104,7 +103,7 @@ def test_a_failing_cell_is_shown_with_its_reason_and_stops_nothing(whole: Path) 
     assert all("federation.min_sites" in item["reason"] for item in content["failed"])
     assert not any(line["method"] == "broken" for line in rows(whole))
     said = (whole / "said.txt").read_text()
-    assert re.search(r"\[\d+/11\] study: broken, seed 0: FAILED: .*too-far", said)
+    assert re.search(r"\[\d+/9\] study: broken, seed 0: FAILED: .*too-far", said)
     page = (whole / "study.html").read_text()
     assert "Failed: study: broken, seed 1:" in page
 
@@ -130,10 +129,10 @@ def test_what_is_finished_is_not_run_again_and_gives_the_same_table(
     shutil.copytree(whole, out)
     (broken_off,) = out.glob("cells/study-plain-seed-1-*")
     (broken_off / "cell.json").unlink()
-    untouched = {path: path.stat().st_mtime_ns for path in out.glob("cells/study-slow-*/run/rounds.jsonl")}
+    untouched = {path: path.stat().st_mtime_ns for path in out.glob("cells/study-equal-*/run/rounds.jsonl")}
     code, said, _ = called(capsys, "study", study_file, "--out", out)
     assert code == 1
-    assert said.count("finished before") == 8
+    assert said.count("finished before") == 6
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     for name in ("study.csv", "sites.csv"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
@@ -163,6 +162,8 @@ def test_interrupted_it_leaves_no_process_and_goes_on_to_the_same_table(
     assert process.wait(60) == (130 if number == signal.SIGINT else -number)
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+    if number == signal.SIGKILL:
+        return
     done = len(list(out.glob("cells/*/cell.json")))
     code, said, _ = called(capsys, "study", study_file, "--out", out)
     assert code == 1

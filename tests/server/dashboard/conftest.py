@@ -40,16 +40,18 @@ def make_sites(folder: Path, **images: int) -> Path:
                 Image.fromarray(pixels.astype(np.uint8)).save(place / "images" / f"{number}.png")
                 split = ("train", "train", "val", "test")[number // 2 % 4]
                 rows.writerow([f"images/{number}.png", ("left", "right")[number % 2], f"{name}-{number}", split])
-        (place / "site.toml").write_text(f'name = "{name}"\n[data]\nformat = "csv"\ncsv = "labels.csv"\n')
+        rules = '[privacy]\nsubgroups = "sex"\n'
+        (place / "site.toml").write_text(f'name = "{name}"\n[data]\nformat = "csv"\ncsv = "labels.csv"\n{rules}')
     return folder
 
 
 @pytest.fixture(scope="session")
 def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs beside their store: ``first`` with baselines and a model card, ``second`` with noise at the sites."""
+    """Two runs beside their store: ``first`` with baselines, groups of patients (all of a sex that is not known) and a
+    model card, ``second`` with noise at the sites."""
     folder = tmp_path_factory.mktemp("dashboard")
     data = make_sites(folder / "data", north=48, hill=32, river=40)
-    run(make_job(), data, folder / "runs" / "first", workers=1, baselines=True)
+    run(make_job(evaluation__subgroups="sex"), data, folder / "runs" / "first", workers=1, baselines=True)
     private = make_job(
         name="private",
         privacy__dp="local",

@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from client.app import app as real
+from server.operating import FIGURES
 from server.rounds import Run
 from shared.config import job_from_flat
 from simulations.engine import LocalGrid
@@ -132,6 +133,17 @@ def test_the_run_shows_the_numbers_of_result_json(opened: Open, runs_folder: Pat
     expect(page.locator(".multiples li")).to_have_count(3)
     expect(page.locator(".grid td.used")).to_have_count(12)
     expect(page.locator("section[aria-labelledby=tested] table").nth(1).locator("tbody tr")).to_have_count(5)
+    point = result["operating_point"]["classes"]["right"]["test"]
+    shown = page.locator("section[aria-labelledby=tested] table").nth(2).locator("tbody tr td").all_inner_texts()
+    assert shown[1:] == [with_interval(row["value"], row["low"], row["high"]) for row in map(point.get, FIGURES)]
+    told = page.locator("#groups tbody tr")
+    group = result["subgroups"]["groups"]["sex=other"]
+    expect(told).to_have_count(1)
+    cells = told.locator("td").all_inner_texts()
+    assert cells[0] == with_interval(group["auroc"], *group["intervals"]["auroc"])
+    assert cells[-2:] == [str(group["images"]), str(len(group["told_by"]))]
+    page.locator("#matrix summary").click()
+    expect(page.locator("#matrix tbody tr")).to_have_count(4)
     opened.faultless()
 
 
@@ -208,7 +220,7 @@ def test_every_page_is_accessible_and_fits(
     opened = Open(browser, served, color_scheme=scheme, viewport={"width": width, "height": 800})
     ids = runs_of(opened)
     paths = {"runs": "/", "compared": f"/?compare={ids['first']},{ids['second']}", "run": f"/runs/{ids['second']}"}
-    paths |= {"model": f"/runs/{ids['first']}/model", "federation": "/federation"}
+    paths |= {"model": f"/runs/{ids['first']}/model", "federation": "/federation", "fair": f"/runs/{ids['first']}"}
     for name, path in paths.items():
         page = opened.go(path)
         expect(

@@ -15,7 +15,7 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from client.workspace import Moments
+from client.memory import Memory
 from shared.cases import Sample, SiteData, split_of
 from shared.config import Job, job_from_flat
 from shared.errors import SiteRefusal
@@ -239,7 +239,7 @@ def test_a_site_reads_the_same_after_it_has_worked_in_its_own_folder(tmp_path: P
     site = folders(tmp_path)
     before = read_samples(site, job)
     load_dataset(before, site, job)
-    Moments(tmp_path, "1", job).save(1, {})
+    Memory(tmp_path, "1", job).save(1, {})
     (tmp_path / "site.log").write_text("a line\n")
     assert read_samples(site, job) == before
 

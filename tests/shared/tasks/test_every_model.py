@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
@@ -27,7 +28,7 @@ from shared.samples import read_samples
 from shared.sitefile import read_site
 from shared.tasks import TASKS, Sums, add_sums, load_task
 from shared.training import make_optimizer, train
-from shared.weights import digest, exchanged, put
+from shared.weights import digest, exchanged, exchanged_names, frozen_digest, home_names, put, trained_names
 from simulations.simulate import run
 
 HERE = Path(__file__).parent
@@ -258,3 +259,29 @@ def test_a_column_of_a_data_set_is_what_was_put_in() -> None:
     arrays = [np.arange(6).reshape(2, 3), np.arange(4).reshape(4, 1)]
     column = Column.of(arrays)
     assert all(np.array_equal(column[i], array) for i, array in enumerate(arrays))
+
+
+@pytest.mark.parametrize("local", ["norm", "head"])
+def test_a_model_is_what_travels_and_what_stays_at_home(every: Case, local: str) -> None:
+    """No name is lost or in both; of the layers without normalisation nothing stays under ``norm``."""
+    if every.job.task == "generation":
+        with pytest.raises(UserError, match="the whole generator"):
+            every.job.replace(federation__local=local)
+        return
+    job = every.job.replace(federation__local=local)
+    model = every.task.build_model(job)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.RNNBase, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    learns = {f"{path}.{key}" for path, m in model.named_modules() if isinstance(m, kinds) for key in m.state_dict()}
+    if local == "norm" and set(model.state_dict()) <= learns:
+        with pytest.raises(UserError, match="has no such layer"):
+            exchanged_names(model, job)
+        return
+    travels, stays = exchanged_names(model, job), home_names(model, job)
+    assert travels
+    assert sorted([*travels, *stays]) == sorted(model.state_dict())
+    assert set(trained_names(model, job)) <= set(travels)
+    if local == "norm":
+        assert set(stays) == set(model.state_dict()) - learns
+    else:
+        assert all(name.startswith(every.task.head_prefix(job)) for name in stays)
+    assert frozen_digest(model, job) == ""

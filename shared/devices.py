@@ -1,0 +1,98 @@
+"""What keeps a device at work: batches made beforehand, pinned memory, fused updates, compiled networks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shared.config import Job
+
+Made = TypeVar("Made")
+
+
+@contextmanager
+def tuned(device: torch.device, job: Job) -> Iterator[None]:
+    """While the block runs, a GPU computes as ``train.reproducible`` says. A CPU always gives the same bits.
+
+    Reproducible: only kernels that give the same bits every time, where there are any (torch warns where not). Else
+    cuDNN tries which are fastest, and float32 matrices are multiplied in TF32.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    same, cudnn = job.train.reproducible, torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags, precision = (cudnn.benchmark, cudnn.allow_tf32), torch.get_float32_matmul_precision()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order
+    torch.use_deterministic_algorithms(same, warn_only=True)
+    cudnn.benchmark, cudnn.allow_tf32 = not same, not same
+    torch.set_float32_matmul_precision("highest" if same else "high")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.benchmark, cudnn.allow_tf32 = flags
+        torch.set_float32_matmul_precision(precision)
+
+
+def to_device(
+    tensor: Tensor, device: torch.device, memory_format: torch.memory_format = torch.preserve_format
+) -> Tensor:
+    """A copy on the device; to a GPU from pinned memory, so that nobody waits for it to arrive."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device, memory_format=memory_format)
+    if memory_format is not torch.preserve_format:
+        tensor = tensor.contiguous(memory_format=memory_format)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def ahead(make: Callable[[int], Made], numbers: Iterable[int], device: torch.device) -> Iterator[Made]:
+    """``make`` of each number in turn; on a GPU the next is made while the caller works with the last.
+
+    One thread makes them, one after another, so random numbers of the CPU are drawn in the same order. On a CPU there
+    is nothing to gain, and a network that draws random numbers of its own would take them out of turn.
+    """
+    return _ahead(make, numbers) if device.type == "cuda" else map(make, numbers)
+
+
+def _ahead(make: Callable[[int], Made], numbers: Iterable[int]) -> Iterator[Made]:
+    waiting: list[Future[Made]] = []
+    with ThreadPoolExecutor(1, "batches") as thread:
+        for number in numbers:
+            waiting.append(thread.submit(make, number))
+            if len(waiting) > 1:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+def fused(parameters: Sequence[Tensor]) -> bool:
+    """Whether an optimiser may update all parameters in one kernel: they are floats on a GPU."""
+    return bool(parameters) and all(p.device.type == "cuda" and p.is_floating_point() for p in parameters)
+
+
+def compiled(model: nn.Module, job: Job) -> nn.Module:
+    """The network itself, compiled by torch at its first batch if the job says so; its weights keep their names.
+
+    Where there is no compiler, or it cannot follow the network, that runs as it would have.
+    """
+    if job.train.compile and model._compiled_call_impl is None:
+        import torch._dynamo
+
+        torch._dynamo.config.suppress_errors = True
+        model.compile()
+    return model
+
+
+def cut(indices: Sequence[int], job: Job) -> list[Sequence[int]]:
+    """A batch in ``train.accumulate`` parts, as equal as can be; in fewer where it has fewer images."""
+    count = max(1, min(job.train.accumulate, len(indices)))
+    edges = [round(k * len(indices) / count) for k in range(count + 1)]
+    return [indices[low:high] for low, high in pairwise(edges)]

@@ -1,0 +1,88 @@
+"""`consilium tune` on a tiny job: measured for real, its advice can be typed, what does not fit is no fault."""
+
+from __future__ import annotations
+
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import Job, load_job
+from shared.errors import UserError
+from simulations import tuning
+from simulations.tuning import Speed, measure, tune
+from tests.conftest import called
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SECONDS", 0.05)
+
+
+def test_what_it_prints_is_a_command_whose_settings_hold(
+    three_sites: Path,
+    tiny_job: Job,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuning, "MOST", 4)
+    file = tmp_path / "tiny.toml"
+    file.write_text(tiny_job.toml())
+    code, out, errors = called(capsys, "tune", file, "--data", three_sites)
+    assert (code, errors) == (0, "")
+    assert "20 training images at the largest site" in out
+    assert "images a second" in out
+    assert "largest batch that fits: 4" in out
+    words = shlex.split(out.strip().splitlines()[-1])
+    assert words[:2] == ["consilium", "simulate"]
+    settings = [word for before, word in pairwise(words) if before == "--set"]
+    job = load_job(file, settings)
+    assert job.train.batch_size == tiny_job.train.batch_size
+    assert job.train.accumulate == 2  # 8 images, of which at most 4 at once
+    assert int(words[words.index("--workers") + 1]) >= 1
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, speed: Any) -> None:
+    monkeypatch.setattr(tuning, "measure", lambda job, data, workers=1: speed(job, workers))
+
+
+def test_the_faster_precision_is_taken_and_a_batch_that_does_not_fit_computed_in_parts(
+    three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speed(job: Job, workers: int) -> Speed | None:
+        if job.train.batch_size / job.train.accumulate > 2:
+            return None
+        return Speed((20.0 if job.train.precision == "bfloat16" else 10.0) * min(workers, 2), 10**9)
+
+    scripted(monkeypatch, speed)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    advice = tune(tiny_job, three_sites, tmp_path, lambda _: None)
+    assert advice.settings == {"train.precision": "bfloat16", "train.accumulate": 4}
+    assert (advice.largest, advice.workers) == (2, 2)
+    assert advice.line() == "--set train.precision=bfloat16 --set train.accumulate=4 --workers 2"
+
+
+def test_where_not_one_image_fits_it_says_so(
+    three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, lambda job, workers: None)
+    with pytest.raises(UserError, match="not even one image"):
+        tune(tiny_job, three_sites, tmp_path, lambda _: None)
+
+
+def test_a_process_that_runs_out_of_memory_is_a_batch_that_does_not_fit(
+    three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 50 MB to spend; the network of 512 channels asks for more."""
+    import resource
+
+    def little(_: object) -> None:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 50_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+    monkeypatch.setattr(tuning, "_stay_within_memory", little)
+    data = tuning._most_images(tiny_job, three_sites, tmp_path)
+    assert measure(tiny_job.replace(model__width=512), data) is None
