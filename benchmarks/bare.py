@@ -29,7 +29,9 @@ from shared.training import batch_indices
 def images_of(path: Path) -> tuple[Tensor, Tensor]:
     """Images of a site float32 in [0, 1] (n, channels, size, size), and classes (n,) or masks (n, size, size)."""
     with np.load(path) as arrays:
-        return torch.from_numpy(arrays["images"]).float() / 255, torch.from_numpy(arrays["targets"]).long()
+        # By way of 16 bits, as the product reads them: a last bit more or less, and another pixel is the largest.
+        images = torch.from_numpy((arrays["images"].astype(np.uint16) * 257).astype(np.float32)).mul_(1 / 65535)
+        return images, torch.from_numpy(arrays["targets"]).long()
 
 
 def loss_of(job: Job, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:

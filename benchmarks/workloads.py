@@ -96,7 +96,10 @@ def write(workload: Workload, root: Path) -> Path:
         else:
             pictures = images[:, 0] if workload.channels == 1 else np.moveaxis(images, 1, -1)
             np.savez(folder / "site.npz", train_images=pictures, train_labels=targets)
-        np.savez(root / "arrays" / f"{folder.name}.npz", images=images, targets=targets)
+        order = list(range(workload.n))
+        if workload.task == "classification":
+            order.sort(key=str)  # as the product sorts the images of a file
+        np.savez(root / "arrays" / f"{folder.name}.npz", images=images[order], targets=targets[order])
     return root
 
 
