@@ -63,6 +63,14 @@ def called_here(*arguments: object) -> tuple[int, str]:
     return code, said.getvalue()
 
 
+def _words(process: psutil.Process) -> list[str]:
+    """The command line of a process; nothing of one that ends just now."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
 @dataclass
 class Live:
     """The federation in ``path``; ``sites`` holds the folder of each site's images and site.toml."""
@@ -167,4 +175,4 @@ class Live:
     def children(self, name: str, word: str) -> Sequence[psutil.Process]:
         """The processes below one that was started here whose command line has ``word`` in it."""
         family = psutil.Process(self.processes[name].pid).children(recursive=True)
-        return [process for process in family if word in " ".join(process.cmdline())]
+        return [process for process in family if word in " ".join(_words(process))]
