@@ -46,7 +46,10 @@ Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
 
 def as_asked(message: Message, context: Context, answer: Callable[[Message, Context], Message]) -> Message:
     """Who asks with packed arrays gets packed ones: what passes the gate below is plain either way."""
-    message.content, packed = unpack(message.content)
+    try:
+        message.content, packed = unpack(message.content)
+    except ValueError as error:
+        return decline(message, context, SiteRefusal("bad-configuration", f"the message is not in order: {error}"))
     reply = answer(message, context)
     if packed and reply.has_content():
         reply.content = pack(reply.content)
@@ -299,8 +302,10 @@ def evaluate_subgroups(message: Message, context: Context) -> Message:
 
 
 def _evaluate_subgroups(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
+    if message.content["config"]["split"] != "test":
+        raise SiteRefusal("split-forbidden", "groups of patients are told of the test images alone")
     model, data = _tested(message, context, job, workspace)
     task, device = load_task(job.task), pick_device(job)
-    groups = told_groups(workspace, job, str(message.content["config"]["split"]))
+    groups = told_groups(workspace, job, "test")
     sums = {name: task.collect(model, rows_of(data, rows), job, device) for name, rows in groups.items()}
     return RecordDict({"metrics": MetricRecord(group_sums(sums))})

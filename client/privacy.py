@@ -117,7 +117,7 @@ def train_privately(
     torch.manual_seed(derived_seed(job.seed, site, first_step))  # of augmentation, which need not be secret
     coins = secret_generator()
     total, seen = job.federation.rounds * job.train.local_steps, 0
-    with unit_gradients(model, task, data, job, class_weights, _hooks_wanted(job)) as gradients:
+    with unit_gradients(model, task, data, job, class_weights, _hooks_wanted(job, correction)) as gradients:
         players = [_Player(model, job, part, noise, expected, cryptographic) for part in task.parts(job)]
         for player in players:
             player.correct_by(correction)
@@ -148,9 +148,10 @@ def _put_moments(players: Sequence[_Player], moments: Mapping[str, Tensor]) -> N
             put_moments(player.base, mine)
 
 
-def _hooks_wanted(job: Job) -> bool:
+def _hooks_wanted(job: Job, correction: Correction | None) -> bool:
+    """Hooks put layers of their own in the place of recurrent ones, whose weights a correction would then not find."""
     if job.privacy.gradients == "auto":
-        return (job.task, job.model.name) in _FASTER
+        return correction is None and (job.task, job.model.name) in _FASTER
     return job.privacy.gradients == "hooks"
 
 

@@ -22,6 +22,7 @@ from shared.weights import digest, exchanged_names
 
 Arrays = dict[str, Tensor]
 MODELS, LATE = "models", "late"  # see client.memory
+_TRIES = 20  # to shorten a change; each codec needs one or two
 
 
 def opened(message: Message, context: Context, job: Job, workspace: Workspace) -> Message:
@@ -76,7 +77,10 @@ def packed(content: RecordDict, message: Message, context: Context, job: Job, wo
     target = with_residual(trained, late.load(LATE, round_) or {})
     seed = derived_seed(job.seed, workspace.name, "codec", round_)
     bounds = [bound for bound in (workspace.policy.max_update_norm, job.federation.max_update_norm) if bound]
-    change, after = _within(min(bounds, default=math.inf), before, trained, target, how, seed)
+    try:
+        change, after = _within(min(bounds, default=math.inf), before, trained, target, how, seed)
+    except ValueError as error:
+        raise SiteRefusal("not-finite", f"the trained model cannot be coded: {error}") from None
     late.save(round_, {LATE: residual(target, after)})
     return RecordDict(dict(content) | {"arrays": ArrayRecord({CHANGE: Array(change)})})
 
@@ -92,15 +96,19 @@ def _within(
     """
     change = encode(before, target, how, seed)
     after = decode(before, change, how)
-    if math.isfinite(bound) and _distance(before, trained) <= bound:
-        while (long := _distance(before, after)) > bound:
-            share = 0.99 * bound / long
-            target = {
-                name: array + (target[name] - array) * share if is_coded(name, array) else target[name]
-                for name, array in before.items()
-            }
-            change = encode(before, target, how, seed)
-            after = decode(before, change, how)
+    if not math.isfinite(bound) or _distance(before, trained) > bound:
+        return change, after
+    share = 1.0
+    for tried in range(_TRIES + 1):
+        if (long := _distance(before, after)) <= bound:
+            break
+        share *= 0.0 if tried == _TRIES else 0.99 * bound / long  # at last nothing that is coded moves: all is late
+        shorter = {
+            name: array + (target[name] - array) * share if is_coded(name, array) else target[name]
+            for name, array in before.items()
+        }
+        change = encode(before, shorter, how, seed)
+        after = decode(before, change, how)
     return change, after
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -92,9 +93,15 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{file}: not a file of weights ({error})") from None
 
 
+def empty(job: Job, task: ModuleType, names: Iterable[str]) -> nn.Module:
+    """The network that is about to get arrays of these names."""
+    model: nn.Module = task.build_like(job, names) if hasattr(task, "build_like") else task.build_model(job)
+    return model
+
+
 def _with_own(job: Job, task: ModuleType, arrays: dict[str, Tensor], facts: dict[str, str], file: Path) -> nn.Module:
     """The job's network as a site saved it, all of it: see ``client.personal``."""
-    model: nn.Module = task.build_model(job.replace(model__weights="", model__freeze="none"))
+    model = empty(job.replace(model__weights="", model__freeze="none"), task, arrays)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{REFERENCE}.")}
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in arrays.items()}:
         raise UserError(f"{file}: is no site's own model of this run; give a {OWN_FILE}")
@@ -120,7 +127,7 @@ def _with_weights(
     from the same published weights or the same file, and must have the digest that the run noted.
     """
     frozen = job.model.freeze == "backbone"
-    model: nn.Module = task.build_model(job if frozen else job.replace(model__weights=""))
+    model = task.build_model(job) if frozen else empty(job.replace(model__weights=""), task, arrays)
     try:
         put(model, arrays, job)
     except ValueError as error:

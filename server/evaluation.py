@@ -30,7 +30,7 @@ Arrays = dict[str, Tensor]
 def evaluate(run: Run, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
     """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
     task, job = run.task, run.job
-    able = [place for place in run.places if place.images[split] and (place.images["train"] or whole(job))]
+    able = _able(run, split)
     content = run.line.addressed(_content(run, arrays, number, split), arrays, number)
     sums, dropped = _ask(run, MessageType.EVALUATE, content, able, number, split)
     total = add_sums([run.template, *sums.values()])
@@ -65,6 +65,11 @@ def evaluate_personal(run: Run, arrays: Arrays, number: int) -> None:
     metrics = rows(run.task.summarise(total, run.job))
     facts = {"metrics": metrics, "dropped": dropped, "sums": sums} | _of_sites(run, total, sums)
     run.store.add("personal", round=number, **facts)
+
+
+def _able(run: Run, split: str) -> list[Place]:
+    """The sites with images of the split; where parts of the model stay home, only those that trained them."""
+    return [place for place in run.places if place.images[split] and (place.images["train"] or whole(run.job))]
 
 
 def _of_sites(run: Run, total: Sums, sums: dict[str, Sums]) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def evaluate_subgroups(run: Run, arrays: Arrays, number: int) -> None:
     """The test figures of the job's subgroups, from the sites that tell of them; an event of its own."""
     told: dict[str, dict[str, Sums]] = {}
     dropped: list[dict[str, str]] = []
-    asked = [place for place in run.places if place.images["test"]]
+    asked = _able(run, "test")
     for place, reply in run._exchange("evaluate.subgroups", _content(run, arrays, number, "test"), asked, number):
         try:
             told[place.name] = admit_groups(reply, run.template, run.task, run.job, place.images["test"])

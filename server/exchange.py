@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import http_grid
@@ -74,13 +75,11 @@ def _collect(grid: Grid, names: list[str], here: dict[str, Message]) -> bool:
 
 def _packed(messages: Sequence[Message]) -> list[Message]:
     """Copies of the messages with their arrays packed; what several share is packed once."""
-    contents: dict[int, RecordDict] = {}
+    done: dict[int, Any] = {}
     copies = []
     for message in messages:
-        if id(message.content) not in contents:
-            contents[id(message.content)] = pack(message.content)
         copies.append(copy.copy(message))
-        copies[-1].content = contents[id(message.content)]
+        copies[-1].content = pack(message.content, done)
     return copies
 
 

@@ -18,10 +18,21 @@ INDEX, DATA = "packed-index", "packed-data"
 _KIND = "consilium.packed"
 
 
-def pack(content: Any) -> Any:
-    """A RecordDict in which every record of several arrays is one of two: what they are, and their bytes on end."""
-    records = content.array_records
-    return type(content)({name: _pack(record) if name in records else record for name, record in content.items()})
+def pack(content: Any, done: dict[int, Any] | None = None) -> Any:
+    """A RecordDict in which every record of several arrays is one of two: what they are, and their bytes on end.
+
+    ``done`` holds what was packed before, by the record's id: records that several contents share are packed once. It
+    must not outlive them.
+    """
+    done = {} if done is None else done
+    packed = {}
+    for name, record in content.items():
+        if name in content.array_records:
+            if id(record) not in done:
+                done[id(record)] = _pack(record)
+            record = done[id(record)]
+        packed[name] = record
+    return type(content)(packed)
 
 
 def unpack(content: Any) -> tuple[Any, bool]:

@@ -86,6 +86,10 @@ PAIRS = (
     ),
     Pair(_LOCAL, _is("ditto"), _DP, ("none",), _UNNOISED),
     Pair(_TUNED, _is_not(0), _DP, ("none",), _UNNOISED),
+    Pair(
+        _CORRECTION, _is("proximal", "scaffold", "feddyn"), "privacy.gradients", ("auto", "single"),
+        "hooks replace layers, and with them the weights that are corrected",
+    ),
     # ------------------------------------------------------------------ order, server, codec
     Pair(_ORDER, _is("cyclic"), _AGGREGATOR, ("mean",), "it leaves nothing to merge"),
     Pair(_ORDER, _is("cyclic"), _WEIGHTING, _BY_SIZE, "a cycle weighs nobody"),
@@ -117,6 +121,7 @@ PAIRS = (
         ("classification", "segmentation", "detection", "sequence", "reconstruction"),
         "the kept average of a generator is of the whole generator",
     ),
+    Pair("task", _is("generation"), _EPOCHS, (0.0,), "the kept average of a generator counts train.local_steps"),
     Pair(_LOCAL, _is("ditto"), _TUNED, (0,), "there is a personal model already"),
     Pair(
         _LOCAL, _is("head"), "model.freeze", ("none",),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from consilium.shipping.graph import Graph, Runner, Spec
+from consilium.trained import empty
 from shared.config import Job
 from shared.errors import UserError
 from shared.tasks import load_task
@@ -94,8 +95,8 @@ def read_network(path: Path, job: Job) -> nn.Module:
 
     from consilium.shipping.graph import spec_of
 
-    model: nn.Module = load_task(job.task).build_model(job.replace(model__weights="", model__freeze="none")).eval()
     given = load_file(path)
+    model = empty(job.replace(model__weights="", model__freeze="none"), load_task(job.task), given).eval()
     wanted = set(kept_tensors(Graph(model, job, spec_of(job, model)), job))
     if set(given) != wanted:
         raise UserError(f"{path}: does not fit {job.model.name} of its job")

@@ -24,6 +24,8 @@ the network, or "" where it can.
 Some verbs a task has only where they mean something:
 
     notices(sums, job) -> [str]  what the cases of a site lack or what was left out of them, in words; metrics.py
+    build_like(job, names) -> nn.Module      the network that arrays of these names are of, where the job alone does
+                                 not say: its normalisation may be that of the weights it started from; models.py
     reference(job) -> Job        a job whose model is trained first and is the measure of this one; models.py
     blank(count, job, device) -> Batch       a batch without images, for a part that sees none; data.py
     show(model, job) -> {name: picture}      what the server can draw from the model alone; learning.py

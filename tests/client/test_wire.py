@@ -17,7 +17,7 @@ from torch import Tensor
 from client.app import app
 from client.egress import Asked, Refused, checked
 from client.memory import Memory
-from client.wire import LATE
+from client.wire import LATE, _within
 from client.workspace import open_workspace
 from shared.codecs import CHANGE, CODECS, Coding, coding, decode, encode, length, residual, with_residual
 from shared.config import Job
@@ -178,6 +178,19 @@ def test_what_is_late_does_not_carry_a_change_over_the_sites_bound(
     late = Memory(workspace.home, "7", job, LATE).exactly(LATE, 2)
     assert late is not None
     assert sum(float(array.square().sum()) for array in late.values()) > 0
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "sign", "topk"])
+def test_a_change_of_a_few_last_bits_is_shortened_in_the_end(codec: str, tiny_job: Job) -> None:
+    """Forty of the smallest steps a float32 can take, and a bound just below: there is nothing between to go to."""
+    how = coding(tiny_job.replace(federation__codec=codec))
+    assert how is not None
+    before = {"weight": torch.ones(4, 300)}
+    target = {"weight": torch.ones(4, 300) + 40 * torch.finfo(torch.float32).eps}
+    bound = 0.999 * norm(before, target)
+    change, after = _within(bound, before, before, target, how, 0)
+    assert norm(before, after) <= bound
+    assert torch.equal(decode(before, change, how)["weight"], after["weight"])
 
 
 def test_a_change_that_is_itself_beyond_the_bound_does_not_leave(job: Job, three_sites: Path) -> None:

@@ -83,3 +83,13 @@ def test_a_network_of_many_arrays_is_few_objects() -> None:
 def test_an_index_that_does_not_fit_is_refused(index: object, data: bytes) -> None:
     with pytest.raises(ValueError):
         unpack(record(index, data))
+
+
+def test_a_record_that_contents_share_is_packed_once() -> None:
+    shared_ = ArrayRecord({str(i): Array(np.full(9, i, np.float32)) for i in range(3)})
+    contents = [RecordDict({"arrays": shared_, "config": ConfigRecord({"heard": i})}) for i in range(2)]
+    done: dict[int, object] = {}
+    first, second = (pack(content, done) for content in contents)
+    assert first["arrays"] is second["arrays"]
+    assert (first["config"]["heard"], second["config"]["heard"]) == (0, 1)
+    assert unpack(second)[0]["arrays"]["2"] == shared_["2"]

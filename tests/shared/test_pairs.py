@@ -56,6 +56,16 @@ LOCAL = CENTRAL | {"privacy.dp": "local"}
         ({"federation.strategy": "fedper", "model.freeze": "backbone"}, "model.freeze", "nothing would travel"),
         ({"federation.order": "cyclic", "federation.codec": "int8"}, "federation.codec", "another model"),
         (
+            LOCAL | {"federation.strategy": "fedprox", "privacy.gradients": "hooks"},
+            "privacy.gradients",
+            "the weights that are corrected",
+        ),
+        (
+            {"task": "generation", "data.classes": "a", "model.name": "dcgan", "train.local_epochs": 1.0},
+            "train.local_epochs",
+            "kept average",
+        ),
+        (
             {"task": "generation", "data.classes": "a", "model.name": "dcgan", "federation.strategy": "fedbn"},
             "task",
             "whole generator",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -259,20 +259,25 @@ def build_model(job: Job) -> nn.Module:
     Raises:
         UserError: unknown model, or weights that cannot be had or do not fit.
     """
-    from torchvision.ops import FrozenBatchNorm2d
-
     entry = entry_of(job)
     given = _given(job, entry) if job.model.weights else {}
-    norm: Norm = FrozenBatchNorm2d if any(name.endswith("running_mean") for name in given) else group_norm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(job.seed, "initial weights"))
-        model = entry.build(job, norm)
+        model = build_like(job, given)
     if given:
         load_weights(model, job, _OTHERS, given)
     if job.model.freeze == "backbone":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(_OTHERS))
     return model
+
+
+def build_like(job: Job, names: Iterable[str]) -> nn.Module:
+    """The job's network with the normalisation of a model whose arrays have these names, its weights drawn anew."""
+    from torchvision.ops import FrozenBatchNorm2d
+
+    norm: Norm = FrozenBatchNorm2d if any(name.endswith("running_mean") for name in names) else group_norm
+    return entry_of(job).build(job, norm)
 
 
 def _given(job: Job, entry: Entry) -> dict[str, Tensor]:

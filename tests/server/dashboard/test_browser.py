@@ -108,6 +108,9 @@ def runs_of(opened: Open) -> dict[str, str]:
     return {rows.nth(i).locator(".path").inner_text(): link.rsplit("/", 1)[1] for i, link in enumerate(links)}
 
 
+expect.set_options(timeout=60_000)  # the machine may be busy with other tests
+
+
 def drawn(page: Page, count: int = 1) -> None:
     """Wait for Plotly's figures."""
     expect(page.locator(".chart .main-svg").first).to_be_visible()

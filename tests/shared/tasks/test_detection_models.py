@@ -24,6 +24,7 @@ from shared.samples import read_samples
 from shared.tasks.detection import (
     MODELS,
     batch,
+    build_like,
     build_model,
     check,
     collect,
@@ -299,6 +300,9 @@ def test_a_file_in_torchvisions_layout_gives_its_network_with_frozen_norms(name:
     model: Any = build_model(job).eval()
     assert any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
     assert not any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    state = model.state_dict()
+    empty = build_like(job.replace(model__weights=""), state).state_dict()  # what a finished run is read into
+    assert {key: value.shape for key, value in empty.items()} == {key: value.shape for key, value in state.items()}
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         wanted, found = other.backbone(images), model.backbone(images)
