@@ -48,6 +48,8 @@ def print_result(result: Result) -> None:
             console.print(_table("site", "each site's own model on its test images", case, shown, own))
         note = f"95 % intervals in brackets; each model took {federated['gradient_steps']} gradient steps"
         note = note if len(models) > 1 else note.replace("each", "the")
+        if own:
+            note += f", with the sites' own {federated['personal']['gradient_steps']}"
         less = [metric_name(name) for name in shown if TASKS[job.task].metrics[name] < 0]
         note += f"; less is better: {', '.join(less)}" if less else ""
         console.print(note + ("; more metrics in the report" if len(shown) < len(metrics) else ""), highlight=False)

@@ -217,9 +217,14 @@ def _arrays(record: Mapping[str, object], reference: Mapping[str, Tensor]) -> di
             raise Dropped("wrong-dtype")
         if array.is_floating_point() and not np.isfinite(values).all():  # NumPy's is ten times as fast as torch's
             raise Dropped("not-finite")
-        if name.endswith("running_var") and bool((array < 0).any()):
-            raise Dropped("bad-variance")  # its root would make the whole model NaN
         arrays[name] = array
+    return _sound(arrays)
+
+
+def _sound(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The arrays, if no variance is negative: its root would make the whole model NaN."""
+    if any(bool((array < 0).any()) for name, array in arrays.items() if name.endswith("running_var")):
+        raise Dropped("bad-variance")
     return arrays
 
 
@@ -241,7 +246,7 @@ def _changed(record: Mapping[str, object], reference: Mapping[str, Tensor], how:
         raise Dropped("undecodable") from None
     if not all(torch.isfinite(array).all() for array in arrays.values() if array.is_floating_point()):
         raise Dropped("not-finite")
-    return arrays
+    return _sound(arrays)
 
 
 def _count(metrics: Mapping[str, object], key: str) -> int:

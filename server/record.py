@@ -189,7 +189,7 @@ def lost_replies(events: list[Event]) -> list[Lost]:
     """Every reply that was not used, put together by site, step and reason."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for event in events:
-        step = str(event.get("split", event["event"]))
+        step = str(event["split"] if event["event"] == "evaluation" else event["event"])
         for item in event.get("dropped", []):
             groups.setdefault((str(item["site"]), step, str(item["reason"])), []).append(event.get("round", 0))
     return [Lost(*key, rounds) for key, rounds in groups.items()]

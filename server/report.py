@@ -58,6 +58,7 @@ STEPS = {
     "round": "did not count in training",
     "val": "is missing from the validation",
     "test": "did not answer the test",
+    "subgroups": "did not tell of groups of patients",
     "personal": "did not tell how its own model does",
 }
 

@@ -104,11 +104,13 @@ def _personal(event: Event, scores: Scores, job: Job) -> Scores:
     """Each site's own model on its own test images, beside the common model on the same."""
     found = _scores(event["metrics"], event["images"])
     found["sites"] = {name: _scores(rows, event["site_images"][name]) for name, rows in event["sites"].items()}
-    tuned = job.federation.finetune_steps * len(event["sites"])
+    more = job.federation.finetune_steps * len(event["sites"])
+    if job.federation.local == "ditto":  # a second model beside the common one, step by step
+        more += scores["gradient_steps"]
     return found | {
         "best_round": event["round"],
         "rounds": scores["rounds"],
-        "gradient_steps": scores["gradient_steps"] + tuned,
+        "gradient_steps": scores["gradient_steps"] + more,
     }
 
 

@@ -53,6 +53,8 @@ def _site_name(reply: Message | None) -> str:
 
 def await_sites(grid: Grid, expected: int, seconds: float) -> None:
     """Wait until as many sites as are expected are connected, but no longer; a simulated site always is."""
+    if hasattr(grid, "in_order"):
+        return
     deadline = time.monotonic() + seconds
     while len(list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
         time.sleep(1.0)
@@ -71,5 +73,6 @@ def shortfall(admitted: int, dropped: Sequence[Mapping[str, str]], job: Job, sec
     least, who = max(needs, key=lambda need: need[0])
     if admitted >= least:
         return ""
-    reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped) or "no site is there"
+    reasons = "; ".join(f"{item['site']}: {item['reason']}" for item in dropped)
+    reasons = reasons or ("no other is there" if admitted else "no site is there")
     return f"{admitted} sites are in order, {who} asks for {least} ({reasons})"

@@ -156,7 +156,8 @@ class Run:
     def _finish(self, last: Arrays, seconds: float) -> dict[str, Any]:
         job = self.job
         if not self.best.round:
-            self.store.add("warning", text="no validation image at any site: the last round is the model that is kept")
+            text = f"no validation figure of {job.best_metric}: the last round is the model that is kept"
+            self.store.add("warning", text=text)
             self.best = Best(job.federation.rounds, math.nan, last)
             self.checkpoint.keep_best(self.best, self._facts(job.federation.rounds))
         self.store.add("kept", round=self.best.round, **kept(self))

@@ -34,7 +34,7 @@ _serial = itertools.count(1)  # message ids, unique in this process
 class LocalGrid(Grid):
     """The nodes of one federation, played by a worker pool that several federations may share.
 
-    ``nodes`` holds each node's config, as ``--node-config`` would on a real one; the node ids are 1, 2, 3 … in their
+    ``nodes`` holds each node's config, as ``--node-config`` would on a real one; the node ids are 2, 3, 4 … in their
     order. ``priority`` orders federations that share the pool: lower goes first.
     """
 

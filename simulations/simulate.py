@@ -230,8 +230,6 @@ def _baselines(
     pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, store: str, pooled: bool
 ) -> dict[str, Run]:
     """A federation of one for each site alone and, if wanted, for all sites pooled.
-    if cross_site and federated:
-        result["cross_site"] = cross_site_of(result, job.best_metric)
 
     Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
     augmentation and schedule; each is tested on all sites' test images.
@@ -247,6 +245,7 @@ def _baselines(
         federation__fraction=1.0,
         **PLAIN,
         federation__codec="none",  # nothing would travel
+        federation__max_update_norm=0.0,  # a round is as many steps as all sites take, and goes as far
         **_of_one(job),
     )
     homes = jury.folder

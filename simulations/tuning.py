@@ -66,8 +66,9 @@ def tune(job: Job, data: Path, out: Path, say: Say) -> Advice:
     precision, speed = _precision(job, images, say)
     job = job.replace(train__precision=precision)
     largest = _largest(job, images, say)
-    at_once = min(largest, job.train.batch_size)
-    parts = -(-job.train.batch_size // at_once)
+    fits = largest >= min(job.train.batch_size, len(images))  # no batch is larger than what there is
+    private = job.privacy.dp in ("local", "distributed")  # which computes a batch in parts of its own
+    parts = 1 if fits or private else -(-job.train.batch_size // largest)
     workers = _workers(job.replace(train__accumulate=parts), images, speed, say)
     return Advice({"train.precision": precision, "train.accumulate": parts}, workers, largest)
 

@@ -26,7 +26,8 @@ class Row:
     Where each site has a model of its own in the end, ``value`` and ``personal`` are these, ``sites`` the common one.
     ``alone``: the models of single sites, each on its own site's images, have no ``value``. ``validation`` is the
     figure that picked the round. ``steps`` and ``examples`` are of training, over all sites; ``bytes`` the arrays that
-    training sent both ways. ``to_target`` is (rounds, bytes) until the validation figure reached the target.
+    training and validation sent both ways. ``to_target`` is (rounds, bytes) until the validation figure
+    reached the target.
     """
 
     setting: str

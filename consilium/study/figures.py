@@ -92,9 +92,7 @@ def pareto_figure(found: Found, setting: str) -> go.Figure | None:
         return None
     metric = _metric(found, setting)
     best = on_front(found, setting)
-    caption = (
-        "Mean over the seeds; bytes are those of the models sent both ways in training. Ringed: no other method is "
-    )
+    caption = "Mean over the seeds; bytes are those of the models sent both ways. Ringed: no other method is "
     caption += "as good in metric, traffic and epsilon and better in one (methods without privacy promise no epsilon)."
     told = "; ".join(f"{name} {with_sd(value, metric)} with {size(sent)}" for name, (sent, value, _) in points.items())
     figure = new_figure(430, caption, f"{told}. Not beaten: {', '.join(sorted(best))}.")

@@ -36,9 +36,9 @@ PERSONAL_NOTE = (
     "test images; validation is of the common model."
 )
 BUDGET_NOTE = (
-    "Means over the seeds, over all sites together; bytes are the models sent both ways in training. Pooled and "
-    "single-site models (each) take the same gradient steps, batch size, tuning and augmentation. Rounds and bytes to "
-    "target: until the validation figure first reached {target}."
+    "Means over the seeds, over all sites together; bytes are the models sent both ways, for training and for the "
+    "validations between. Pooled and single-site models (each) take the same gradient steps, batch size, tuning and "
+    "augmentation. Rounds and bytes to target: until the validation figure first reached {target}."
 )
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -22,7 +22,7 @@ from consilium.study.file import (
     value_words,
 )
 from shared import __version__
-from shared.config import Job, job_from_flat, load_job, read_toml, toml_scalar
+from shared.config import Job, Scalar, job_from_flat, load_job, read_toml, toml_scalar
 from shared.errors import UserError
 from shared.settings import Federation, Privacy
 
@@ -148,7 +148,11 @@ def _alone(job: Job, place: Setting, method: Method, more: Settings, quick: bool
         plain = _job(place, method.name, method.plain | more, quick)
     except UserError:  # without the level it is no job
         plain = job
-    length = {"federation__rounds": job.federation.rounds, "train__local_steps": job.train.local_steps}
+    length: dict[str, Scalar] = {
+        "federation__rounds": job.federation.rounds,
+        "train__local_steps": job.train.local_steps,
+        "train__local_epochs": job.train.local_epochs,
+    }
     return alone(plain.replace(**length), place.name)
 
 

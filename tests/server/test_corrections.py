@@ -112,7 +112,7 @@ def answer(content: Any, job: Job, site: Site, memory: Memory, common: dict[str,
     )  # fmt: skip
     kept, sent = correction.after()
     memory.save(number, kept | {"moments": trained.moments}, needed=[correction.heard])
-    return Update(site.weight, {"w": model.w.detach().clone()}, site.steps, 1, 0.0, [], math.nan, sent)
+    return Update(site.weight, {"w": model.w.detach().clone()}, site.steps, 1, 0.0, [], math.nan, beside=sent)
 
 
 def optimum(sites: Sequence[Site] = SITES) -> float:
@@ -214,7 +214,7 @@ def test_a_round_done_again_after_a_loss_counts_once() -> None:
     algorithm.everyone = 1.0
     before = {"w": torch.zeros(1)}
     algorithm.outgoing(before)
-    update = Update(1.0, before, 1, 1, 0.0, [], math.nan, {"control": {"w": torch.ones(1)}})
+    update = Update(1.0, before, 1, 1, 0.0, [], math.nan, beside={"control": {"w": torch.ones(1)}})
 
     def breaks() -> Iterator[tuple[float, dict[str, Tensor]]]:
         yield algorithm.take(update, "a", 1, before)

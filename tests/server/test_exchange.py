@@ -92,6 +92,10 @@ def test_who_waits_long_asks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
             return now[0]
 
         @staticmethod
+        def time() -> float:
+            return now[0]
+
+        @staticmethod
         def sleep(seconds: float) -> None:
             assert seconds <= POLLS[1]
             now[0] += seconds
@@ -130,7 +134,7 @@ def test_a_packed_question_gets_a_packed_answer_and_a_plain_one_a_plain(three_si
     messages = [Message(content, node, "train") for node in (1, 2)]
     grid = Sites(answer, {1: 0.0, 2: 0.0})
     found = list(replies(grid, messages, 30))
-    assert grid.contents[0] is grid.contents[1]  # packed once
+    assert grid.contents[0]["arrays"] is grid.contents[1]["arrays"]  # packed once
     assert list(messages[0].content["arrays"]) == list(model)  # and ours stay as they were
     for reply, node in zip(found, (1, 2), strict=True):
         assert reply is not None
