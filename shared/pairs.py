@@ -136,9 +136,9 @@ def check_pairs(job: Job) -> None:
     for pair in PAIRS:
         value, other = flat[pair.key], flat[pair.other]
         if pair.when(value) and other not in pair.allowed:
-            allowed = " or ".join(_word(choice) for choice in pair.allowed)
+            allowed = " or ".join(_quoted(choice) for choice in pair.allowed)
             raise UserError(
-                f"{pair.other} = {_word(other)}: does not go with {pair.key} = {_word(value)}: "
+                f"{pair.other} = {_quoted(other)}: does not go with {pair.key} = {_quoted(value)}: "
                 f"{pair.why}; use {allowed}"
             )
 
@@ -148,5 +148,5 @@ def fewest(job: Job) -> int:
     return AGGREGATORS[job.federation.aggregator].least(job.federation.byzantine, job.federation.trim)
 
 
-def _word(value: Value) -> str:
+def _quoted(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
