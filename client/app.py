@@ -197,7 +197,8 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     kept |= train_beside(model, job, workspace, memory, common, round_, weights)
     if kept:
         best = int(config.get("best", 0))  # type: ignore[arg-type]
-        memory.save(round_, kept, needed=(correction.heard, best))
+        needed = {"control": correction.heard, "home": best, "personal": best}
+        memory.save(round_, kept, [number for kind, number in needed.items() if kind in kept])
     return reply
 
 
