@@ -6,17 +6,16 @@ ever: a site that was cut off joins again by itself. All connections go outwards
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from client.policy import read_policy
 from client.sitelog import write_log
+from shared.alone import alone
 from shared.config import read_toml
 from shared.errors import UserError
 from shared.sitefile import OWN_FOLDER, Connection, read_connection, read_site
@@ -56,7 +55,8 @@ def start(site_file: Path, say: Callable[[str], None]) -> None:
     site_file = site_file.resolve()
     connection = _ready(site_file)
     folder = site_file.parent / OWN_FOLDER
-    with _alone(folder, site_file):
+    # Two programs of one site would be one site twice.
+    with alone(folder / "start.lock", f"{site_file}: this site is started already", f"{folder}: cannot be written"):
         port = connection.local_port or _free_port()
         secret = _new_secret(folder / "worker.secret")
         children = [
@@ -87,22 +87,6 @@ def _ready(site_file: Path) -> Connection:
     if connection.key.stat().st_mode & 0o077:
         raise UserError(f"{connection.key}: others can read this key; do `chmod 600 {connection.key}`")
     return connection
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, site_file: Path) -> Iterator[None]:
-    """One program a site: two would be one site twice."""
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = (folder / "start.lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{site_file}: this site is started already") from None
-        yield
 
 
 def _free_port() -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from server.expiry import expiry
 from server.federation import Folder
 from server.gateway import command, configuration
 from server.store import write_text
+from shared.alone import alone
 from shared.errors import UserError
 from shared.supervise import PASSES_ON, Child, own_environment, supervise
 
@@ -37,7 +36,13 @@ def start(path: Path, say: Callable[[str], None]) -> None:
     """
     folder = Folder(path.resolve())
     federation = folder.read()
-    with _alone(folder):
+    try:
+        folder.gateway.mkdir(parents=True, exist_ok=True)
+        folder.state.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"{folder.state}: cannot be written: {error.strerror}") from None
+    taken, cannot = f"{folder.path}: this server is started already", f"{folder.state}: cannot be written"
+    with alone(folder.state / "start.lock", taken, cannot):
         if folder.nginx_conf.read_text(encoding="utf-8") != configuration(federation):
             write_text(folder.nginx_conf, configuration(federation))  # it tells the versions, which may be new ones
         for port, host in ((federation.port, federation.listen), (federation.internal_port, "127.0.0.1")):
@@ -56,22 +61,6 @@ def start(path: Path, say: Callable[[str], None]) -> None:
 def state_file(folder: Folder) -> Path:
     """Where a server that runs writes down its process and the ports of its health service."""
     return folder.state / "server.json"
-
-
-@contextlib.contextmanager
-def _alone(folder: Folder) -> Iterator[None]:
-    try:
-        folder.gateway.mkdir(parents=True, exist_ok=True)
-        folder.state.chmod(0o700)
-        lock = (folder.state / "start.lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder.state}: cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder.path}: this server is started already") from None
-        yield
 
 
 def _require_free(host: str, port: int) -> None:

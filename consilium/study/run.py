@@ -7,7 +7,6 @@ process is forked. Cells share nothing but the cache of decoded images.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from typing import Any
 from consilium.study.cell import LOG, RUN, STATE, play
 from consilium.study.plan import Cell, Plan
 from server.store import write_text
+from shared.alone import alone
 from shared.errors import UserError
 from shared.tasks import load_task
 
@@ -191,18 +191,13 @@ def _outcome(out: Path, cell: Cell) -> Outcome:
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[None]:
     """The study's folder, for this process alone."""
+    cannot = f"--out {out}: cannot write there"
     try:
         if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
             raise UserError(f"--out {out}: holds files that are not a study of ours; name a new folder")
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {out}: a study runs in it already") from None
+        raise UserError(f"{cannot}: {error.strerror}") from None
+    with alone(out / ".lock", f"--out {out}: a study runs in it already", cannot):
         if not (out / MARK).exists():
             write_text(out / MARK, "")
         yield
