@@ -83,7 +83,7 @@ def plain(name: str, length: int = 26) -> str:
 
 # ---------------------------------------------------------------------- the page
 
-PAGE = """<!DOCTYPE html>
+_SHELL = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -96,12 +96,31 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <main>
-<header><p class="kicker">Consilium run report</p>
+<header><p class="kicker">Consilium KICKER</p>
 <h1>$title</h1>
 $head</header>
 <section><h2>Warnings</h2>
 $warnings</section>
-<section><h2>Results</h2>
+SECTIONS</main>
+<script type="application/json" id="figures">$json</script>
+<script>$plotly</script>
+<script>$script</script>
+</body>
+</html>
+"""
+
+
+def shell(kicker: str, sections: str) -> str:
+    """The template of a page that needs no network: its own head, warnings first, then ``sections``, themselves one.
+
+    Left to be filled in are title, style, head, warnings, json (the figures), plotly and script.
+    """
+    return _SHELL.replace("KICKER", kicker).replace("SECTIONS", sections)
+
+
+PAGE = shell(
+    "run report",
+    """<section><h2>Results</h2>
 $results</section>
 <section><h2>Sites</h2>
 $sites</section>
@@ -115,13 +134,8 @@ $data</section>
 $job</section>
 <section><h2>Versions</h2>
 $versions</section>
-</main>
-<script type="application/json" id="figures">$json</script>
-<script>$plotly</script>
-<script>$script</script>
-</body>
-</html>
-"""
+""",
+)
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b2430; --muted: #566270; --line: #d8dfe5; --soft: #f5f8fa;

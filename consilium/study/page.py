@@ -17,7 +17,7 @@ from consilium.study.tables import budget_row, methods_of, result_row, title_of
 from consilium.study.verdict import Verdict, difference, gains, with_sd
 from server.record import count
 from server.report_parts import Markup, bullets, esc, folded, paragraph, table
-from server.report_style import SCRIPT, STYLE, THEMES
+from server.report_style import SCRIPT, STYLE, THEMES, shell
 from server.wording import metric_name
 from shared import __version__
 
@@ -40,33 +40,12 @@ BUDGET_NOTE = (
     "validations between. Pooled and single-site models (each) take the same gradient steps, batch size, tuning and "
     "augmentation. Rounds and bytes to target: until the validation figure first reached {target}."
 )
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<title>$title – Consilium</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-<header><p class="kicker">Consilium study</p>
-<h1>$title</h1>
-$head</header>
-<section><h2>Warnings</h2>
-$warnings</section>
-$sections<section><h2>The study</h2>
+_PAGE = shell(
+    "study",
+    """$sections<section><h2>The study</h2>
 $study</section>
-</main>
-<script type="application/json" id="figures">$json</script>
-<script>$plotly</script>
-<script>$script</script>
-</body>
-</html>
-"""
+""",
+)
 
 
 def page(found: Found, verdicts: Sequence[Verdict], text: str) -> str:
