@@ -21,6 +21,7 @@ from client.counts import require_cells, rows_of, survey_counts, training_figure
 from client.egress import kind_of, records, release
 from client.egress_base import Asked, Refused
 from client.egress_log import ASKED
+from client.local_round import train_round
 from client.memory import Memory
 from client.personal import make_personal, put_home, take_home, train_beside
 from client.private_round import train_on_budget
@@ -38,7 +39,6 @@ from shared.packing import pack, unpack
 from shared.subgroups import group_sums
 from shared.tasks import load_task
 from shared.training import Trained, pick_device
-from shared.training import train as train_locally
 from shared.weights import REFERENCE, exchanged, frozen_digest, keeps_own, put
 
 Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
@@ -226,21 +226,7 @@ def _steps(
             moments=moments,
             correction=correction,
         )
-    steps = job.local_steps(workspace.told["train"].images)
-    trained = train_locally(
-        model,
-        load_task(job.task),
-        workspace.data.subset("train"),
-        job,
-        site=workspace.name,
-        first_step=(round_ - 1) * steps,
-        steps=steps,
-        total=job.federation.rounds * steps,
-        class_weights=weights,
-        moments=moments,
-        correction=correction,
-    )
-    return trained, None
+    return train_round(model, job, workspace, round_, weights, moments, correction), None
 
 
 @app.evaluate()

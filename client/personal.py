@@ -9,6 +9,7 @@ from flwr.app import Context, Message
 from torch import Tensor, nn
 
 from client.corrections import pulled_to
+from client.local_round import train_round
 from client.memory import Memory, write_arrays
 from client.workspace import Workspace, own_start, run_name, write_log
 from shared import __version__
@@ -59,20 +60,8 @@ def train_beside(
     if job.federation.local != "ditto":
         return {}
     put(model, memory.load("personal", round_) or common, job)
-    steps = job.local_steps(workspace.told["train"].images)
-    trained = train(
-        model,
-        load_task(job.task),
-        workspace.data.subset("train"),
-        job,
-        site=workspace.name,
-        first_step=(round_ - 1) * steps,
-        steps=steps,
-        total=job.federation.rounds * steps,
-        class_weights=class_weights,
-        moments=memory.load("personal-moments", round_) if job.train.keep_optimizer else None,
-        correction=pulled_to(model, job, common),
-    )
+    held = memory.load("personal-moments", round_) if job.train.keep_optimizer else None
+    trained = train_round(model, job, workspace, round_, class_weights, held, pulled_to(model, job, common))
     kept = {"personal": exchanged(model, job)}
     return kept | ({"personal-moments": trained.moments} if job.train.keep_optimizer else {})
 

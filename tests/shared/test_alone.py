@@ -26,7 +26,7 @@ def test_a_second_program_is_refused_until_the_first_is_gone(tmp_path: Path, roo
     other = subprocess.Popen([sys.executable, "-c", HOLDS, str(file)], cwd=root, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="^it runs already$"), alone(file, "it runs already", "cannot"):
+    with pytest.raises(UserError, match=r"^it runs already$"), alone(file, "it runs already", "cannot"):
         pass
     other.kill()
     other.wait()
@@ -36,7 +36,7 @@ def test_a_second_program_is_refused_until_the_first_is_gone(tmp_path: Path, roo
 
 def test_what_cannot_be_written_is_said_and_what_fails_within_is_not_taken_for_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="^no room here: "), alone(tmp_path / "file" / "lock", "taken", "no room here"):
+    with pytest.raises(UserError, match=r"^no room here: "), alone(tmp_path / "file" / "lock", "taken", "no room here"):
         pass
     with pytest.raises(OSError, match="the disk is full"), alone(tmp_path / "lock", "taken", "no room here"):
         raise OSError("the disk is full")
