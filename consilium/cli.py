@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -99,20 +100,7 @@ def commands() -> None:
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the job; repeatable."
 )
 def simulate(
-    job: Path,
-    data: Path,
-    out: Path | None,
-    baselines: bool,
-    cross_site: bool,
-    workers: int | None,
-    devices: str,
-    per_device: int | None,
-    engine: str,
-    address: str,
-    seed: int | None,
-    heldout: Path | None,
-    store: str,
-    settings: tuple[str, ...],
+    job: Path, data: Path, out: Path | None, seed: int | None, settings: tuple[str, ...], **options: Any
 ) -> None:
     """Train JOB on this machine, every site played by a worker process; ends with a table and a report.
 
@@ -124,20 +112,7 @@ def simulate(
     from consilium.notebook import run
     from consilium.tables import print_result
 
-    result = run(
-        loaded,
-        data,
-        out,
-        workers=workers,
-        baselines=baselines,
-        cross_site=cross_site,
-        heldout=heldout,
-        store=store,
-        devices=devices,
-        per_device=per_device,
-        engine=engine,
-        address=address,
-    )
+    result = run(loaded, data, out, **options)
     print_result(result)
 
 

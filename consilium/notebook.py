@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from consilium.progress import showing
 from shared.config import Job, load_job
@@ -15,32 +16,13 @@ def run(
     data: str | Path,
     out: str | Path | None = None,
     *,
-    workers: int | None = None,
-    baselines: bool = False,
-    cross_site: bool = False,
-    heldout: str | Path | None = None,
     progress: bool = True,
-    store: str = "",
-    devices: str = "",
-    per_device: int | None = None,
-    engine: str = "local",
-    address: str = "",
+    **options: Unpack[simulate.Options],
 ) -> Result:
-    """Simulate ``job`` on the sites in ``data`` and show progress; see ``simulations.simulate.run``."""
+    """Simulate ``job`` on the sites in ``data`` and show progress.
+
+    ``options`` are those of ``simulations.simulate.run``, such as ``baselines=True`` or ``workers=4``.
+    """
     job = job if isinstance(job, Job) else load_job(job)
     with showing(job, progress) as observe:
-        return simulate.run(
-            job,
-            data,
-            out,
-            workers=workers,
-            baselines=baselines,
-            cross_site=cross_site,
-            heldout=heldout,
-            observe=observe,
-            store=store,
-            devices=devices,
-            per_device=per_device,
-            engine=engine,
-            address=address,
-        )
+        return simulate.run(job, data, out, observe=observe, **options)

@@ -148,8 +148,14 @@ def set_mode(model: nn.Module, job: Job) -> None:
                 module.training = False
 
 
-def _normalises_batches(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
+def _require_enough(model: nn.Module, images: int, job: Job) -> None:
+    """Raise SiteRefusal where a layer would normalise over a batch, or a part of one, of a single image."""
+    least = min(map(len, cut(range(min(images, job.train.batch_size)), job)))
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    if least == 1 and any(module.training for module in norms):
+        raise SiteRefusal(
+            "too-few-images", f"{job.model.name} normalises over a batch: one training image is not enough"
+        )
 
 
 def train(
@@ -191,11 +197,7 @@ def train(
     torch.manual_seed(derived_seed(seed, first_step))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16")
     set_mode(model, job)
-    least = min(map(len, cut(range(min(len(data), job.train.batch_size)), job)))
-    if least == 1 and _normalises_batches(model):
-        raise SiteRefusal(
-            "too-few-images", f"{job.model.name} normalises over a batch: one training image is not enough"
-        )
+    _require_enough(model, len(data), job)
     sums = torch.zeros(len(parts), device=device)
     compiled(model, job)
 

@@ -22,7 +22,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from shared.config import Scalar
-from simulations.pool import Outcome, WorkerDied, WorkerPool
+from simulations.pool import WorkerPool
+from simulations.waiting import Outcome, WorkerDied
 
 if TYPE_CHECKING:  # Ray takes a second to import, and few need it
     from simulations.ray_pool import RayPool

@@ -9,8 +9,6 @@ read where they were written. A worker that dies fails the one message it worked
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import multiprocessing
 import os
 import threading
@@ -28,13 +26,8 @@ from flwr.clientapp import ClientApp
 
 from client import lazy
 from simulations.segments import Lease, Segment, Segments, Source, pack, unpack
+from simulations.waiting import Outcome, PoolClosed, Task, Waiting, WorkerDied
 from simulations.worker import Order, load, work
-
-Outcome = tuple[Message, RecordDict]
-
-
-class WorkerDied(Exception):
-    """The process that worked on a message is gone, killed or out of memory."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +40,9 @@ class Content:
 
 
 @dataclass(order=True)
-class Task:
-    """A message on its way, and where its reply may be put."""
+class LocalTask(Task):
+    """A message of which ``content`` is a ``Content``, and where its reply may be put."""
 
-    priority: tuple[int, int]
-    message: Message = field(compare=False)
-    context: Context = field(compare=False)
-    content: Content = field(compare=False)
-    future: Future[Outcome] = field(compare=False, default_factory=Future)
     reply: Lease | None = field(compare=False, default=None)
 
 
@@ -63,7 +51,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     device: str
-    task: Task | None = None
+    task: LocalTask | None = None
     known: dict[int, Segment] = field(default_factory=dict)  # segments whose descriptors it has
 
 
@@ -77,10 +65,8 @@ class WorkerPool:
         self._app, self._threads = app, threads
         load(app)  # now, so that forked workers find everything imported
         lazy.install()
-        self._queue: list[Task] = []
-        self._order = itertools.count()
+        self._waiting: Waiting[LocalTask] = Waiting()
         self._lock = threading.Lock()
-        self._closing = False
         self._segments = Segments()
         self._wake_in, self._wake_out = multiprocessing.Pipe(duplex=False)
         import torch._dynamo  # noqa: F401  the first optimiser step imports it (1 s): once here, not in every worker
@@ -111,32 +97,28 @@ class WorkerPool:
     def submit(self, message: Message, context: Context, content: Content, priority: int = 0) -> Future[Outcome]:
         """Queue a message; lower ``priority`` goes first, equal ones in the order of submission.
 
-        The future gives the reply and the node's state after it, or raises WorkerDied.
+        The future gives the reply and the node's state after it, or raises WorkerDied or PoolClosed.
         """
-        task = Task((priority, next(self._order)), message, context, content)
+        task = LocalTask(self._waiting.place(priority), message, context, content)
         with self._lock:
-            if self._closing:
-                raise RuntimeError("the worker pool is closed")
-            heapq.heappush(self._queue, task)
+            self._waiting.add(task)
             self._dispatch()
         return task.future
 
     def abandon(self, future: Future[Outcome]) -> None:
         """Give up on a message: unqueue it, or kill the worker that is at it (and start another)."""
         with self._lock:
-            self._queue = [task for task in self._queue if task.future is not future]
-            heapq.heapify(self._queue)
+            self._waiting.drop(future)
             for worker in self._workers:
                 if worker.task and worker.task.future is future:
                     worker.process.kill()
 
     def close(self) -> None:
-        """End all workers; messages still queued fail with WorkerDied."""
+        """End all workers; messages that are not answered yet fail with PoolClosed."""
         with self._lock:
-            if self._closing:
+            if self._waiting.closed:
                 return
-            self._closing = True
-            queued, self._queue = self._queue, []
+            left = self._waiting.close()
         self._wake_out.send(None)
         self._thread.join()
         for worker in self._workers:
@@ -144,7 +126,7 @@ class WorkerPool:
                 worker.pipe.close()  # the worker reads the end of the pipe and leaves
             else:
                 worker.process.terminate()
-                queued.append(worker.task)
+                left.append(worker.task)
         for worker in self._workers:
             worker.process.join(5)
             if worker.process.is_alive():
@@ -154,8 +136,8 @@ class WorkerPool:
         self._wake_in.close()
         self._wake_out.close()
         self._segments.close()
-        for task in queued:
-            _fail(task)
+        for task in left:
+            task.fail(PoolClosed())
 
     # ------------------------------------------------------------------
 
@@ -173,13 +155,13 @@ class WorkerPool:
 
     def _dispatch(self) -> None:
         for worker in self._workers:
-            if worker.task is None and self._queue:
-                worker.task = task = heapq.heappop(self._queue)
+            if worker.task is None and self._waiting:
+                worker.task = task = self._waiting.take()
                 task.reply = self._segments.take()
                 with contextlib.suppress(OSError):  # it died just now: _serve sees the end of its pipe
                     self._send(worker, task)
 
-    def _send(self, worker: _Worker, task: Task) -> None:
+    def _send(self, worker: _Worker, task: LocalTask) -> None:
         used = {lease.segment.number: lease.segment for lease in (task.content.lease, task.reply) if lease}
         gone = tuple(number for number, segment in worker.known.items() if segment.fd < 0)
         for number in gone:
@@ -224,20 +206,15 @@ class WorkerPool:
             if body is None:
                 worker.pipe.close()
                 worker.process.join()
-                if not self._closing:
+                if not self._waiting.closed:
                     self._workers[self._workers.index(worker)] = self._start(worker.device)
             self._dispatch()
         if task is None:
             return
         if body is None:
-            _fail(task)
+            task.fail(WorkerDied())
         elif task.future.set_running_or_notify_cancel():
             try:
                 task.future.set_result(unpack(body, Source(task.reply, size) if task.reply and size else None))
             except Exception as problem:  # only what the app put into its reply can be at fault
                 task.future.set_exception(WorkerDied(repr(problem)))
-
-
-def _fail(task: Task) -> None:
-    if task.future.set_running_or_notify_cancel():
-        task.future.set_exception(WorkerDied())

@@ -8,8 +8,6 @@ goes to another one if the run allows that; else it fails like that of a local w
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import os
 import queue
 import threading
@@ -23,7 +21,7 @@ from flwr.clientapp import ClientApp
 
 from client import lazy
 from shared.errors import UserError
-from simulations.pool import Outcome, WorkerDied
+from simulations.waiting import Outcome, PoolClosed, Task, Waiting, WorkerDied
 from simulations.worker import call, keep_memory, load
 
 try:
@@ -53,12 +51,9 @@ class Player:
 
 
 @dataclass(order=True)
-class _Task:
-    priority: tuple[int, int]
-    message: Message = field(compare=False)
-    context: Context = field(compare=False)
-    content: Any = field(compare=False)
-    future: Future[Outcome] = field(compare=False, default_factory=Future)
+class _Task(Task):
+    """A message of which ``content`` lies in the object store, and how often it may be sent again."""
+
     retries: int = field(compare=False, default=0)
 
 
@@ -105,12 +100,11 @@ class RayPool:
         if gpus:
             options["num_gpus"] = 1 / (per_gpu or 1)
         self._make: Callable[[], Any] = lambda: ray.remote(Player).options(**options).remote(app, threads)
-        self._queue: list[_Task] = []
-        self._order = itertools.count()
+        self._waiting: Waiting[_Task] = Waiting()
         self._lock = threading.Lock()
         # Ray calls back in a thread that must not wait for Ray: what follows from it is done in ours.
         self._news: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closing, self._retries = False, retries
+        self._retries = retries
         self._actors: list[_Actor] = []
         for _ in range(workers or gpus * (per_gpu or 1) or max(1, int(there.get("CPU", 1)))):
             self._start()
@@ -134,32 +128,27 @@ class RayPool:
 
     def submit(self, message: Message, context: Context, content: Any, priority: int = 0) -> Future[Outcome]:
         """As ``WorkerPool.submit``."""
-        task = _Task((priority, next(self._order)), message, context, content, retries=self._retries)
+        task = _Task(self._waiting.place(priority), message, context, content, retries=self._retries)
         with self._lock:
-            if self._closing:
-                raise RuntimeError("the worker pool is closed")
-            heapq.heappush(self._queue, task)
+            self._waiting.add(task)
             self._dispatch()
         return task.future
 
     def abandon(self, future: Future[Outcome]) -> None:
         """As ``WorkerPool.abandon``."""
         with self._lock:
-            self._queue = [task for task in self._queue if task.future is not future]
-            heapq.heapify(self._queue)
+            self._waiting.drop(future)
             for actor in self._actors:
                 if actor.task and actor.task.future is future:
                     actor.task.retries = 0
                     ray.kill(actor.handle)
 
     def close(self) -> None:
-        """End all actors, and Ray if it was started here; messages still queued fail with WorkerDied."""
+        """End all actors, and Ray if it was started here; messages that are not answered yet fail with PoolClosed."""
         with self._lock:
-            if self._closing:
+            if self._waiting.closed:
                 return
-            self._closing = True
-            left = [*self._queue, *(actor.task for actor in self._actors if actor.task)]
-            self._queue = []
+            left = [*self._waiting.close(), *(actor.task for actor in self._actors if actor.task)]
         self._news.put(None)
         self._thread.join()
         for actor in self._actors:
@@ -168,7 +157,7 @@ class RayPool:
         if self._started:
             ray.shutdown()
         for task in left:
-            _fail(task)
+            task.fail(PoolClosed())
 
     # ------------------------------------------------------------------
 
@@ -184,7 +173,7 @@ class RayPool:
 
     def _is_ready(self, actor: _Actor, done: Future[None]) -> None:
         with self._lock:
-            if self._closing:
+            if self._waiting.closed:
                 return
             if done.exception() is not None:
                 self._replace(actor)
@@ -201,8 +190,8 @@ class RayPool:
 
     def _dispatch(self) -> None:
         for actor in self._actors:
-            if actor.ready and actor.task is None and self._queue:
-                actor.task = task = heapq.heappop(self._queue)
+            if actor.ready and actor.task is None and self._waiting:
+                actor.task = task = self._waiting.take()
                 self._send(actor, task)
 
     def _send(self, actor: _Actor, task: _Task) -> None:
@@ -212,7 +201,7 @@ class RayPool:
     def _received(self, actor: _Actor, done: Future[Outcome]) -> None:
         problem = done.exception()
         with self._lock:
-            if self._closing:
+            if self._waiting.closed:
                 return
             task, actor.task = actor.task, None
             assert task is not None
@@ -221,17 +210,12 @@ class RayPool:
                 self._replace(actor)
             if again:
                 task.retries -= 1
-                heapq.heappush(self._queue, task)
+                self._waiting.add(task)
             self._dispatch()
         if problem is None and task.future.set_running_or_notify_cancel():
             task.future.set_result(done.result())
         elif problem is not None and not again:
-            _fail(task)
-
-
-def _fail(task: _Task) -> None:
-    if not task.future.done() and task.future.set_running_or_notify_cancel():
-        task.future.set_exception(WorkerDied())
+            task.fail(WorkerDied())
 
 
 def _connect(address: str) -> None:

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from flwr.app import Context, RecordDict
@@ -36,6 +36,21 @@ if TYPE_CHECKING:  # Ray takes a second to import, and few need it
 
 Observer = Callable[[str, Event], None]  # hears (name of the run, event)
 FEDERATED, POOLED = "federated", "pooled"
+_GRACE = 30.0  # seconds a federation has to notice that its workers are gone
+
+
+class Options(TypedDict, total=False):
+    """What a person may say of how a simulation is run, by the names of ``run``'s arguments."""
+
+    workers: int | None
+    baselines: bool
+    cross_site: bool
+    heldout: str | Path | None
+    store: str
+    devices: str
+    per_device: int | None
+    engine: str
+    address: str
 
 
 def run(
@@ -113,7 +128,7 @@ def run(
             with contextlib.suppress(*([RunFailed] if federated else [])):
                 jury.survey(fresh=False)
                 others = _baselines(pool, files, jury, store, pooled=baselines)
-        failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe)
+        failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe, pool)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= ({FEDERATED: run_scores(folder)} if federated else {}) | _collect(others)
     if cross_site and federated:
@@ -262,8 +277,12 @@ def _baselines(
     return runs
 
 
-def _run_all(runs: dict[str, Callable[[], object]], observe: Observer | None) -> list[str]:
-    """Run federations side by side on the pool they share; gives what failed. The first one goes first."""
+def _run_all(runs: dict[str, Callable[[], object]], observe: Observer | None, pool: WorkerPool | RayPool) -> list[str]:
+    """Run federations side by side on the pool they share; gives what failed. The first one goes first.
+
+    If this is interrupted it closes the pool, which ends them: a thread that still computes when the program leaves
+    would take it down with an abort.
+    """
     failures: list[str] = []
 
     def one(name: str, run_: Callable[[], object]) -> None:
@@ -279,9 +298,15 @@ def _run_all(runs: dict[str, Callable[[], object]], observe: Observer | None) ->
     threads = [threading.Thread(target=one, args=item, name=item[0], daemon=True) for item in runs.items()]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        while thread.is_alive():  # a plain join would not let Ctrl-C through on every platform
-            thread.join(0.5)
+    try:
+        for thread in threads:
+            while thread.is_alive():  # a plain join would not let Ctrl-C through on every platform
+                thread.join(0.5)
+    except BaseException:
+        pool.close()
+        for thread in threads:
+            thread.join(_GRACE)
+        raise
     if crashed:
         raise crashed[0]
     return failures

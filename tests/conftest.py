@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import locale
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from shared.config import Job, job_from_flat
 
 ROOT = Path(__file__).parents[1]
 LOCALE = locale.setlocale(locale.LC_ALL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: programs we start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two cores, several processes: more threads only fight
 
 

@@ -201,7 +201,6 @@ def test_ctrl_c_ends_everything_and_keeps_what_there_was(job_file: Path, three_s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as process:
         while not (out / "last.safetensors").exists():
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
