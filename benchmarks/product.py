@@ -18,7 +18,7 @@ from server.app import app as server_app
 from shared.config import load_job
 from simulations.engine import RUN_ID, LocalGrid
 from simulations.pool import WorkerPool
-from simulations.simulate import node_of
+from simulations.sites import node_of
 
 
 def main() -> None:

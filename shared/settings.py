@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
 from shared.rules import PERCENTS, RULES
 from shared.strategies import AGGREGATORS, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
@@ -313,3 +313,14 @@ class Privacy:
         "central: privacy.clipping_norm fixed, or adapted to the median change",
         choices=("fixed", "adaptive"),
     )
+
+
+# What of [federation] also decides how long a model is trained that nobody shares; the rest is the federation's alone.
+_LENGTH = ("rounds", "fraction", "min_sites", "round_timeout", "start_timeout")
+
+
+def nothing_shared() -> dict[str, Scalar]:
+    """The settings of a federation that merge, weigh, code or correct, at their defaults: how a model is trained that
+    a federated one is held against."""
+    shared = [item for item in fields(Federation) if item.name not in _LENGTH]
+    return {f"federation.{item.name}": cast(Scalar, item.default) for item in shared}

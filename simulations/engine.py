@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -21,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from shared.config import Scalar
+from shared.config import Job, Scalar
 from simulations.pool import WorkerPool
 from simulations.waiting import Outcome, WorkerDied
 
@@ -135,3 +136,15 @@ class LocalGrid(Grid):
             reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, "the worker process died"), reply_to=message)
         reply.metadata.__dict__["_message_id"] = f"local-{next(_serial)}"
         return reply
+
+
+def grid_of(
+    pool: WorkerPool | RayPool,
+    nodes: Sequence[Mapping[str, Scalar]],
+    job: Job,
+    folder: Path,
+    priority: int,
+    extra: Mapping[str, Scalar] | None = None,
+) -> LocalGrid:
+    """The nodes of a run of ``job`` into ``folder``; ``extra`` are more of the ``run.`` settings."""
+    return LocalGrid(pool, nodes, job.flat() | {"run.out": str(folder.resolve())} | dict(extra or {}), priority)

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from flwr.app import Context, RecordDict
@@ -20,22 +20,23 @@ from server.results import run_scores
 from server.rounds import Run, RunFailed, train_reference
 from server.store import Event, fresh_folder, listening, write_json
 from shared import __version__
-from shared.config import Job, Scalar, load_job
+from shared.config import Job, Scalar, job_from_flat, load_job
 from shared.errors import UserError
-from shared.sitefile import read_site
+from shared.settings import nothing_shared
 from shared.tasks import load_task
 from shared.weights import REFERENCE
+from simulations.baselines import POOLED, baselines_of
 from simulations.devices import cores, places
-from simulations.engine import RUN_ID, LocalGrid
+from simulations.engine import RUN_ID, LocalGrid, grid_of
 from simulations.pool import WorkerPool
 from simulations.result import Result
-from simulations.sites import find_sites
+from simulations.sites import find_sites, node_of
 
 if TYPE_CHECKING:  # Ray takes a second to import, and few need it
     from simulations.ray_pool import RayPool
 
 Observer = Callable[[str, Event], None]  # hears (name of the run, event)
-FEDERATED, POOLED = "federated", "pooled"
+FEDERATED = "federated"
 _GRACE = 30.0  # seconds a federation has to notice that its workers are gone
 
 
@@ -111,24 +112,8 @@ def run(
     extra: dict[str, Scalar] = {"run.store": store}
     extra |= {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with _pool(job, workers, devices, per_device, engine, address) as pool:
-        nodes = [node_of(folder / "sites", file) for file in files]
-        judged = job.replace(**{key: PLAIN[key] for key in _OF_SITES})  # baselines are whole models
-        jury = Run(_grid(pool, nodes, judged, folder, 1), judged, folder / "baselines", store=None)
-        if (baselines or cross_site) and hasattr(jury.task, "reference"):
-            # Trained once, here, so that the federated model and the baselines are measured by one network.
-            with _heard(REFERENCE, observe):
-                jury.reference = train_reference(_grid(pool, nodes, job, folder, 0), job, folder, store)
-            extra["run.reference"] = str((folder / REFERENCE / "model.safetensors").resolve())
-        runs: dict[str, Callable[[], object]] = {}
-        if federated:
-            runs[FEDERATED] = _federated(_grid(pool, nodes, job, folder, 0, extra))
-        others = {}
-        if baselines or cross_site:
-            # Too few sites: the federated run will say so, where there is one.
-            with contextlib.suppress(*([RunFailed] if federated else [])):
-                jury.survey(fresh=False)
-                others = _baselines(pool, files, jury, store, pooled=baselines)
-        failures = _run_all(runs | {name: other.run for name, other in others.items()}, observe, pool)
+        wanted = _Wanted(federated, baselines, cross_site, store, observe)
+        failures, others = _play(pool, job, folder, files, extra, wanted)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= ({FEDERATED: run_scores(folder)} if federated else {}) | _collect(others)
     if cross_site and federated:
@@ -139,6 +124,48 @@ def run(
     if failures:
         raise RunFailed("; ".join(failures))
     return Result(folder)
+
+
+class _Wanted(NamedTuple):
+    """Which models are trained, and who hears of it; see ``run``."""
+
+    federated: bool
+    baselines: bool
+    cross_site: bool
+    store: str
+    observe: Observer | None
+
+
+def _play(
+    pool: WorkerPool | RayPool,
+    job: Job,
+    folder: Path,
+    files: Sequence[Path],
+    extra: dict[str, Scalar],
+    wanted: _Wanted,
+) -> tuple[list[str], dict[str, Run]]:
+    """Train what is wanted, side by side; gives what failed, and the runs of the baselines."""
+    nodes = [node_of(folder / "sites", file) for file in files]
+    plain = nothing_shared()
+    judged = job_from_flat(job.flat() | {key: plain[key] for key in (f"federation.{name}" for name in _OF_SITES)})
+    jury = Run(grid_of(pool, nodes, judged, folder, 1), judged, folder / "baselines", store=None)
+    alone = wanted.baselines or wanted.cross_site
+    if alone and hasattr(jury.task, "reference"):
+        # Trained once, here, so that the federated model and the baselines are measured by one network.
+        with _heard(REFERENCE, wanted.observe):
+            jury.reference = train_reference(grid_of(pool, nodes, job, folder, 0), job, folder, wanted.store)
+        extra = extra | {"run.reference": str((folder / REFERENCE / "model.safetensors").resolve())}
+    runs: dict[str, Callable[[], object]] = {}
+    if wanted.federated:
+        runs[FEDERATED] = _federated(grid_of(pool, nodes, job, folder, 0, extra))
+    others: dict[str, Run] = {}
+    if alone:
+        # Too few sites: the federated run will say so, where there is one.
+        with contextlib.suppress(*([RunFailed] if wanted.federated else [])):
+            jury.survey(fresh=False)
+            others = baselines_of(pool, files, jury, wanted.store, pooled=wanted.baselines)
+    runs |= {name: other.run for name, other in others.items()}
+    return _run_all(runs, wanted.observe, pool), others
 
 
 def _pool(
@@ -187,27 +214,6 @@ def _fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def node_of(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) -> dict[str, Scalar]:
-    """A node that plays the site of ``file``, or pools it with ``more``; its own files go to ``homes``."""
-    name = name or read_site(file).name
-    return {
-        "site": "\n".join(str(path.resolve()) for path in (file, *more)),
-        "home": str((homes / name).resolve()),
-        "name": name,
-    }
-
-
-def _grid(
-    pool: WorkerPool | RayPool,
-    nodes: Sequence[dict[str, Scalar]],
-    job: Job,
-    folder: Path,
-    priority: int,
-    extra: dict[str, Scalar] | None = None,
-) -> LocalGrid:
-    return LocalGrid(pool, nodes, job.flat() | {"run.out": str(folder.resolve())} | (extra or {}), priority)
-
-
 def _federated(grid: LocalGrid) -> Callable[[], object]:
     """The run of the unmodified ServerApp on ``grid``."""
     config = grid.run_config
@@ -215,66 +221,8 @@ def _federated(grid: LocalGrid) -> Callable[[], object]:
     return lambda: server_app(grid, context)
 
 
-_OF_SITES = ("federation__strategy", "federation__correction", "federation__local", "federation__finetune_steps")
-# What merges replies, or keeps sites apart, has nothing to do with one site.
-PLAIN: dict[str, Scalar] = {
-    "federation__strategy": "fedavg",
-    "federation__aggregator": "mean",
-    "federation__weighting": "examples",
-    "federation__order": "parallel",
-    "federation__correction": "none",
-    "federation__local": "nothing",
-    "federation__finetune_steps": 0,
-    "federation__server_optimizer": "none",
-    "federation__server_learning_rate": 0.0,
-    "federation__server_schedule": "constant",
-}
-
-
-def _of_one(job: Job) -> dict[str, Scalar]:
-    """What privacy is left to a node alone: it has nobody to be summed with, nor to be hidden among."""
-    alone: dict[str, Scalar] = {"privacy__secure_aggregation": False}
-    if job.privacy.dp == "distributed":  # it adds all of the noise itself
-        return alone | {"privacy__dp": "local"}
-    if job.privacy.dp == "central":
-        return alone | {"privacy__dp": "none", "privacy__epsilon": 0.0, "privacy__noise_multiplier": 0.0}
-    return alone
-
-
-def _baselines(
-    pool: WorkerPool | RayPool, files: Sequence[Path], jury: Run, store: str, pooled: bool
-) -> dict[str, Run]:
-    """A federation of one for each site alone and, if wanted, for all sites pooled.
-
-    Each takes, per round, as many gradient steps as all sites of the federation together, with the same batch size,
-    augmentation and schedule; each is tested on all sites' test images.
-    """
-    job = jury.job
-    # Sites that train in epochs take steps by their size: in a round with a share of the sites, as many in the mean.
-    each = [job.local_steps(place.images["train"]) for place in jury.places if place.images["train"]]
-    per_round = round(len(jury.sample(1)) * sum(each) / max(len(each), 1))
-    alone = job.replace(
-        train__local_steps=max(per_round, 1),
-        train__local_epochs=0.0,
-        federation__min_sites=1,
-        federation__fraction=1.0,
-        **PLAIN,
-        federation__codec="none",  # nothing would travel
-        federation__max_update_norm=0.0,  # a round is as many steps as all sites take, and goes as far
-        **_of_one(job),
-    )
-    homes = jury.folder
-    named = {read_site(file).name: file for file in files}
-    runs: dict[str, Run] = {}
-    models = {POOLED: list(named.values())} if pooled else {}
-    # No site's name has a blank in it, so that a site called "pooled" is not taken for the pooled baseline.
-    models |= {f"only {place.name}": [named[place.name]] for place in jury.places if place.images["train"]}
-    for model, chosen in models.items():
-        label = model.replace("only ", "local-")
-        node = node_of(homes / label, chosen[0], label, chosen[1:])
-        grid = _grid(pool, [node], alone, homes / label, 1)
-        runs[model] = Run(grid, alone, homes / label, jury=jury, reference=jury.reference, store=store)
-    return runs
+# What the sites do beside plain training. Those who judge the baselines, which are whole models, do nothing of it.
+_OF_SITES = ("strategy", "correction", "local", "finetune_steps")
 
 
 def _run_all(runs: dict[str, Callable[[], object]], observe: Observer | None, pool: WorkerPool | RayPool) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.store import write_text
 from shared.cases import Sample, SiteData, split_word
-from shared.config import Job, toml_scalar
+from shared.config import Job, Scalar, toml_scalar
 from shared.errors import SiteRefusal, UserError
 from shared.samples import CASES, read_samples, write_cases
 from shared.sitefile import read_site
@@ -121,3 +121,13 @@ def _moved(sample: Sample, site: SiteData, root: Path) -> Sample:
         paths=tuple(map(seen, sample.paths)),
         patient=f"{site.name}:{sample.patient}",
     )
+
+
+def node_of(homes: Path, file: Path, name: str = "", more: Sequence[Path] = ()) -> dict[str, Scalar]:
+    """A node that plays the site of ``file``, or pools it with ``more``; its own files go to ``homes``."""
+    name = name or read_site(file).name
+    return {
+        "site": "\n".join(str(path.resolve()) for path in (file, *more)),
+        "home": str((homes / name).resolve()),
+        "name": name,
+    }

@@ -12,8 +12,7 @@ from shared.config import Job
 from shared.tasks import load_task
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
-from simulations.simulate import node_of
-from simulations.sites import find_sites
+from simulations.sites import find_sites, node_of
 
 
 def survey_folder(job: Job, data: Path, workers: int = 1) -> Survey:

@@ -24,11 +24,9 @@ from consilium.study.file import (
 from shared import __version__
 from shared.config import Job, Scalar, job_from_flat, load_job, read_toml, toml_scalar
 from shared.errors import UserError
-from shared.settings import Federation, Privacy
+from shared.settings import Privacy, nothing_shared
 
 FEDERATED, BASELINES, TRIVIAL = "federated", "baselines", "trivial"
-# What of [federation] also decides how long a model is trained that nobody shares; the rest is the federation's alone.
-KEPT = ("rounds", "fraction", "min_sites", "round_timeout", "start_timeout")
 QUICK_SEEDS, QUICK_ROUNDS = 2, 4
 
 
@@ -160,11 +158,8 @@ def alone(job: Job, name: str) -> Job:
     """The job of the models it is held against: as long, tuned and augmented the same; nothing is shared, so none of
     the federation's algorithm and no noise.
     """
-    flat = job.flat() | {"name": f"{name}, alone and pooled"}
-    for table, fresh in (("federation", Federation()), ("privacy", Privacy())):
-        for item in fields(fresh):
-            if table == "privacy" or item.name not in KEPT:
-                flat[f"{table}.{item.name}"] = getattr(fresh, item.name)
+    fresh = {f"privacy.{item.name}": item.default for item in fields(Privacy)}
+    flat = job.flat() | nothing_shared() | fresh | {"name": f"{name}, alone and pooled"}
     return job_from_flat(flat)
 
 

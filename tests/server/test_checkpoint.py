@@ -18,7 +18,7 @@ from shared.config import Job
 from shared.errors import UserError
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
-from simulations.simulate import node_of
+from simulations.sites import node_of
 
 NAMES = ["w", "n"]  # not in the order of the alphabet: safetensors would turn them round
 

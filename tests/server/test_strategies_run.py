@@ -22,7 +22,8 @@ from shared.tasks import load_task
 from shared.weights import exchanged
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
-from simulations.simulate import node_of, run
+from simulations.simulate import run
+from simulations.sites import node_of
 from tests.server.test_checkpoint import Killed, at
 
 Arrays = dict[str, torch.Tensor]

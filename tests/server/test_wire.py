@@ -27,7 +27,8 @@ from shared.config import Job, job_from_flat
 from shared.errors import UserError
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
-from simulations.simulate import node_of, run
+from simulations.simulate import run
+from simulations.sites import node_of
 from tests.conftest import write_site
 
 Event = dict[str, Any]

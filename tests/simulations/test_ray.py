@@ -18,7 +18,8 @@ from shared.config import Job
 from shared.errors import UserError
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
-from simulations.simulate import node_of, run
+from simulations.simulate import run
+from simulations.sites import node_of
 from tests.conftest import write_site
 
 NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}

@@ -23,7 +23,7 @@ from shared.tasks import load_task
 from shared.weights import exchanged_names, home_names
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
-from simulations.simulate import node_of
+from simulations.sites import node_of
 from tests.conftest import called
 
 Arrays = dict[str, torch.Tensor]

@@ -26,7 +26,7 @@ def play(sites: Path, flat: dict[str, object], out: Path) -> None:
     from server.rounds import Run
     from simulations.engine import LocalGrid
     from simulations.pool import WorkerPool
-    from simulations.simulate import node_of
+    from simulations.sites import node_of
 
     job = job_from_flat(flat)
     with WorkerPool("client.app:app", 1) as pool:
