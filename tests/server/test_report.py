@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from sklearn.metrics import auc, confusion_matrix, roc_auc_score
 from torch import Tensor, nn
 
-import client.app
+import client.local_round
 from server.figures import all_figures
 from server.record import DECLINED, REASONS, number, read_record, reason_words
 from server.report import write_report
@@ -547,12 +547,12 @@ def test_dead_sites_of_a_real_run_are_named(
     """The images of site a cannot be read; the process of site c dies in every round after the first."""
     for image in (three_sites / "a" / "images").iterdir():
         image.write_bytes(b"nothing to be seen")
-    train = client.app.train_locally
+    train = client.local_round.train
 
     def mortal(*args: Any, **more: Any) -> Any:
         return os._exit(9) if more["site"] == "c" and more["first_step"] else train(*args, **more)
 
-    monkeypatch.setattr(client.app, "train_locally", mortal)  # the workers are forks: they inherit it
+    monkeypatch.setattr(client.local_round, "train", mortal)  # the workers are forks: they inherit it
     result = simulate(tiny_job, three_sites, tmp_path / "run", workers=1)
     page = Page(result.report)
     text = " ".join(page.text.split())

@@ -55,17 +55,17 @@ def test_killed_fifty_times(three_sites: Path, tiny_job: Job, tmp_path: Path) ->
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["server.rounds", "simulations.simulate", "client.app", "torch._dynamo"])
     seen: list[Left] = []
-    for _ in range(50):
+    for attempt in range(50):
         lines = written(out)
         process = context.Process(target=play, args=(three_sites, job.flat(), out))
         process.start()
-        # So many events later, and then at any moment: on a slow machine as on a fast one.
-        until, deadline = lines + draw.randint(1, 8), time.monotonic() + 120
+        # So many events later, on a slow machine as on a fast one: at first straight after each, then at any moment.
+        until, deadline = lines + (attempt % 8 + 1 if attempt < 16 else draw.randint(1, 8)), time.monotonic() + 120
         while written(out) < until:
             assert process.is_alive()
             assert time.monotonic() < deadline, "the run does not go on"
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.06))
+        time.sleep(draw.uniform(0, 0.06) if attempt >= 16 else 0)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
