@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
@@ -40,6 +41,26 @@ def tuned(device: torch.device, job: Job) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         cudnn.benchmark, cudnn.allow_tf32 = flags
         torch.set_float32_matmul_precision(precision)
+
+
+@lru_cache
+def has_bfloat16(kind: str) -> bool:
+    """Whether devices of this kind ("cpu", "cuda", "mps") compute in bfloat16 themselves, not by way of float32.
+
+    Without units for it a processor takes longer in bfloat16 than in float32: a step of a U-Net 1.8 times as long.
+    """
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if kind != "cpu":
+        return True
+    units = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # an older torch cannot tell
+    return any(bool(units.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last on ARM
+
+
+def autocast(device: torch.device, job: Job) -> torch.autocast:
+    """Networks compute in bfloat16 within it, if ``train.precision`` says so and the device gains by it."""
+    wanted = job.train.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device.type))
 
 
 def to_device(

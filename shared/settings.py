@@ -145,7 +145,9 @@ class Train:
         "balanced", "weigh the loss by inverse class frequency over all sites", choices=("none", "balanced")
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = knob("float32", "bfloat16: autocast on devices that gain by it", choices=("float32", "bfloat16"))
+    precision: str = knob(
+        "float32", "bfloat16: autocast where the device computes in it, else float32", choices=("float32", "bfloat16")
+    )
     accumulate: int = knob(
         1,
         "a batch is computed in so many parts whose gradients are added up, where it is too large",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.corrections import Correction
-from shared.devices import ahead, compiled, cut, fused, tuned
+from shared.devices import ahead, autocast, compiled, cut, fused, tuned
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.tasks import Part
@@ -195,7 +195,6 @@ def train(
     total = total or job.federation.rounds * job.local_steps(len(data))
     seed = derived_seed(job.seed, site)
     torch.manual_seed(derived_seed(seed, first_step))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16")
     set_mode(model, job)
     _require_enough(model, len(data), job)
     sums = torch.zeros(len(parts), device=device)
@@ -216,7 +215,7 @@ def train(
                 # The other parts' gradients are None, and the optimiser passes over parameters without one.
                 optimizer.zero_grad(set_to_none=True)
                 for batch, count in shown:
-                    with autocast:
+                    with autocast(device, job):
                         loss = task.step(model, batch, job, class_weights, part.prefix)
                     (loss if count == images else loss * (count / images)).backward(inputs=group["params"])
                     sums[place] += loss.detach() * count  # stays on the device: no wait per step

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shared.config import Job
+from shared.devices import has_bfloat16
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset, load_dataset
 from shared.samples import read_samples
@@ -89,7 +90,8 @@ def _most_images(job: Job, data: Path, out: Path) -> Dataset:
 def _precision(job: Job, data: Dataset, say: Say) -> tuple[str, Speed]:
     found: dict[str, Speed] = {}
     private = job.privacy.dp in ("local", "distributed")  # which needs float32
-    for precision in ("float32",) if private else ("float32", "bfloat16"):
+    half = not private and has_bfloat16(pick_device(job).type)
+    for precision in ("float32", "bfloat16") if half else ("float32",):
         for size in _halved(job.train.batch_size):
             parts = -(-job.train.batch_size // size)
             setting = job.replace(train__precision=precision, train__accumulate=1 if private else parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import workspace
 from client.app import app
 from shared.config import Job
+from shared.packing import DATA, pack
+from shared.sitefile import OWN_FOLDER
 from shared.tasks import load_task
 from shared.weights import exchanged
 
@@ -77,6 +80,29 @@ def test_weights_of_another_model_are_an_internal_error_with_the_text_in_the_log
     reply = ask("evaluate", three_sites / "a", tiny_job, {"w": torch.zeros(2)}, split="test")
     assert reply.content["status"]["code"] == "internal-error"
     assert "exchanged names differ" in (three_sites / "a" / "site.log").read_text()
+
+
+def test_a_model_that_is_not_packed_as_it_says_is_declined_and_the_refusal_written_down(
+    three_sites: Path, tiny_job: Job
+) -> None:
+    site = three_sites / "a"
+    arrays = ArrayRecord(exchanged(load_task(tiny_job.task).build_model(tiny_job), tiny_job))  # type: ignore[arg-type]
+    content = pack(RecordDict({"arrays": arrays, "config": ConfigRecord({"round": 1, "class-weights": [1.0, 1.0]})}))
+    content["arrays"][DATA].data = content["arrays"][DATA].data[:-1]
+    context = Context(7, 2, {"site": str(site / "site.toml")}, RecordDict(), dict(tiny_job.flat()))
+    reply = app(Message(content, 2, "train"), context)
+    assert set(reply.content) == {"status"}
+    assert reply.content["status"]["code"] == "bad-configuration"
+    assert "the message is not in order: an array's bytes are not there" in (site / "site.log").read_text()
+    lines = [json.loads(line) for line in (site / OWN_FOLDER / "egress.log").read_text().splitlines()]
+    assert [line["declined"] for line in lines] == ["bad-configuration"]
+
+
+def test_groups_of_patients_are_told_of_the_test_images_alone(three_sites: Path, tiny_job: Job) -> None:
+    job = tiny_job.replace(evaluation__subgroups="sex")
+    reply = ask("evaluate.subgroups", three_sites / "a", job, split="val")
+    assert reply.content["status"]["code"] == "split-forbidden"
+    assert set(reply.content) == {"status"}
 
 
 def test_an_unmapped_failure_of_the_code_is_not_shown(

@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from server.admission import Dropped, admit
+from shared.codecs import CHANGE, coding, encode
 from shared.config import Job
 
 MODEL = {"w": torch.zeros(3), "b": torch.zeros(1), "seen": torch.tensor(0)}
@@ -75,3 +76,19 @@ def test_fednova_takes_no_more_steps_than_the_job_has(steps: int, passes: bool) 
     else:
         with pytest.raises(Dropped, match="bad-weight"):
             run()
+
+
+@pytest.mark.parametrize(("variance", "passes"), [(0.0, True), (-1e-6, False)])
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_a_negative_variance_drops_the_reply_coded_or_not(codec: str, variance: float, passes: bool) -> None:
+    before = {"w": torch.zeros(3), "norm.running_mean": torch.zeros(2), "norm.running_var": torch.ones(2)}
+    after = before | {"norm.running_var": torch.tensor([1.0, variance])}
+    job = Job().replace(federation__codec=codec)
+    how, message = coding(job), reply(None)
+    arrays = after if how is None else {CHANGE: torch.from_numpy(encode(before, after, how, 0))}
+    message.content["arrays"] = ArrayRecord(arrays)  # type: ignore[arg-type]
+    if passes:
+        assert torch.equal(admit(message, before, job, 8).arrays["norm.running_var"], after["norm.running_var"])
+    else:
+        with pytest.raises(Dropped, match="bad-variance"):
+            admit(message, before, job, 8)

@@ -21,7 +21,7 @@ import shared.tasks.classification as classification
 import shared.tasks.segmentation as segmentation
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
-from shared.devices import _ahead, ahead, compiled, cut, fused, to_device, tuned
+from shared.devices import _ahead, ahead, autocast, compiled, cut, fused, has_bfloat16, to_device, tuned
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.training import train
@@ -195,6 +195,23 @@ def test_a_tensor_for_a_cpu_is_passed_on_and_laid_out() -> None:
 def test_only_floats_on_a_gpu_are_updated_in_one_kernel() -> None:
     assert not fused([torch.zeros(2)])
     assert not fused([])
+
+
+@pytest.mark.parametrize(
+    ("units", "has"),
+    [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx512_f": True}, False)],
+)
+def test_bfloat16_is_for_processors_that_compute_in_it(
+    units: dict[str, bool], has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    has_bfloat16.cache_clear()
+    try:
+        for precision, kind in (("bfloat16", torch.bfloat16 if has else torch.float32), ("float32", torch.float32)):
+            with autocast(torch.device("cpu"), job_of(train__precision=precision)):
+                assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
+    finally:
+        has_bfloat16.cache_clear()
 
 
 def test_a_network_is_compiled_once_and_only_if_asked() -> None:

@@ -82,6 +82,20 @@ def test_baselines_take_as_many_gradient_steps_and_meet_the_same_test_images(
     assert {row["model"] for row in rows} == {"federated", "pooled", "local a", "local b", "local c"}
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_bound_on_a_sites_change_is_not_for_baselines(
+    secure: bool, three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    """In a round a baseline takes the steps of all sites, so it goes further than any of them may."""
+    run(tiny_job, three_sites, tmp_path / "wide", baselines=True)
+    job = tiny_job.replace(federation__max_update_norm=0.4, privacy__secure_aggregation=secure)
+    run(job, three_sites, tmp_path / "bound", baselines=True)
+    for model in ("pooled", "local-a", "local-b", "local-c"):
+        wide, bound = (tmp_path / folder / "baselines" / model for folder in ("wide", "bound"))
+        assert [event["dropped"] for event in read_events(bound) if event["event"] == "round"] == [[]] * 3
+        assert sha(bound / "last.safetensors") == sha(wide / "last.safetensors")
+
+
 def test_the_pooled_model_is_plain_training_on_all_images(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     """One site that holds everything, one federation of one: the same weights as the pooled baseline's steps."""
     run(tiny_job, three_sites, tmp_path / "o", baselines=True)

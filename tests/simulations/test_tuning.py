@@ -59,10 +59,29 @@ def test_the_faster_precision_is_taken_and_a_batch_that_does_not_fit_computed_in
 
     scripted(monkeypatch, speed)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(tuning, "has_bfloat16", lambda _: True)
     advice = tune(tiny_job, three_sites, tmp_path, lambda _: None)
     assert advice.settings == {"train.precision": "bfloat16", "train.accumulate": 4}
     assert (advice.largest, advice.workers) == (2, 2)
     assert advice.line() == "--set train.precision=bfloat16 --set train.accumulate=4 --workers 2"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"train__batch_size": 512}, {"privacy__dp": "local", "privacy__noise_multiplier": 1.0, "privacy__epsilon": 8.0}],
+    ids=["fewer images than a batch", "private"],
+)
+def test_a_batch_that_is_never_that_large_or_has_parts_of_its_own_is_not_split(
+    settings: dict[str, Any], three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job.replace(train__class_weights="none", **settings)
+
+    def speed(job: Job, workers: int) -> Speed | None:
+        """A private batch of any size is computed in parts; two images at once do not fit."""
+        return None if job.privacy.dp == "local" and job.train.batch_size == 2 else Speed(10.0 * workers, 10**9)
+
+    scripted(monkeypatch, speed)
+    assert tune(job, three_sites, tmp_path, lambda _: None).settings["train.accumulate"] == 1
 
 
 def test_where_not_one_image_fits_it_says_so(

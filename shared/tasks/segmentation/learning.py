@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shared.composed import count_missing, flagged
 from shared.config import Job
+from shared.devices import autocast
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums
 from shared.tasks.classification import learning as labels
@@ -87,7 +88,7 @@ def outcomes(model: nn.Module, data: Dataset, job: Job, device: torch.device) ->
     for index in range(len(data)):
         image = whole_image(data, index, job)[None]
         image = image.to(device, memory_format=memory_format(image))
-        with torch.autocast(device.type, torch.bfloat16, enabled=job.train.precision == "bfloat16"):
+        with autocast(device, job):
             logits, of_image = _through(model, image, job)
         yield logits[0].float().cpu(), None if of_image is None else of_image.float().cpu().mean(0)
 
