@@ -22,6 +22,7 @@ from consilium.cli_trained import audit, explain, generate, predict
 from consilium.cli_tune import tune
 from shared import __version__
 from shared.errors import UserError
+from simulations.ready import ready_job, ready_jobs
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -74,12 +75,13 @@ def commands() -> None:
       consilium explain RUN --image FILE --out FILE.png
       consilium export RUN --out FOLDER
 
-    A job is a TOML file; `consilium job --keys` explains every setting, `consilium models` lists the networks.
+    A job is a TOML file, or the name of one that comes with Consilium: `consilium job --ready` lists these,
+    `consilium job --keys` explains every setting, `consilium models` lists the networks.
     """
 
 
 @commands.command()
-@click.argument("job", type=Path)
+@click.argument("job", type=ready_job)
 @click.option(
     "--data", type=Path, required=True, help="Folder of the sites' images; see docs/researcher.md for layouts."
 )
@@ -117,11 +119,16 @@ def simulate(
 
 
 @commands.command()
-@click.argument("job", type=Path, required=False)
+@click.argument("job", type=ready_job, required=False)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
 @click.option("--keys", is_flag=True, help="Explain every setting with its default and allowed values.")
-def job(job: Path | None, settings: tuple[str, ...], keys: bool) -> None:
+@click.option("--ready", is_flag=True, help="List the jobs that come with Consilium; a name stands for the file.")
+def job(job: Path | None, settings: tuple[str, ...], keys: bool, ready: bool) -> None:
     """Print JOB resolved, every setting with its value, and the hash that stands in every result of it."""
+    if ready:
+        for name, purpose in ready_jobs().items():
+            click.echo(f"{name}\n    {purpose}")
+        return
     from shared.config import Job, job_from_flat, knobs, load_job, parse_override
 
     if keys:

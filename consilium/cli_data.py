@@ -11,6 +11,7 @@ import click
 from shared.errors import UserError
 from shared.settings import FORMATS
 from simulations.cohorts import COHORTS
+from simulations.ready import ready_job
 
 
 @click.group()
@@ -61,7 +62,7 @@ def site() -> None:
     show_default=True,
     help=f"{', '.join(FORMATS)}; dicom: any DICOM file below the folder, labels not needed.",
 )
-@click.option("--job", "job_file", type=Path, help="Check labels against this job's classes.")
+@click.option("--job", "job_file", type=ready_job, help="Check labels against this job's classes.")
 @click.option(
     "--limit", type=float, help="Largest share of unreadable files that is still fit.  [default: site.toml's, or 0.05]"
 )

@@ -9,6 +9,7 @@ import click
 
 from consilium.cli_data import site
 from consilium.cli_runs import STORE_HELP
+from simulations.ready import ready_job
 
 
 @click.group()
@@ -42,7 +43,7 @@ def server_status(folder: Path) -> None:
 
 
 @click.command()
-@click.argument("job", type=Path, required=False)
+@click.argument("job", type=ready_job, required=False)
 @click.option("--federation", "folder", type=Path, required=True, help="The folder that `consilium provision` set up.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
 @click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from simulations.ready import ready_study
+
 
 @click.command()
-@click.argument("study", type=Path)
+@click.argument("study", type=ready_study)
 @click.option("--data", type=Path, help="Folder of the images, or that the data folders of STUDY lie in.")
 @click.option("--out", type=Path, help="Folder for everything the study writes.  [default: studies/NAME]")
 @click.option("--workers", type=click.IntRange(1), help="Processor cores to use.  [default: all]")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from simulations.ready import ready_job
+
 if TYPE_CHECKING:
     from server.survey import Survey
     from shared.config import Job
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("job", type=Path)
+@click.argument("job", type=ready_job)
 @click.option("--data", type=Path, required=True, help="Folder of the sites' images, as for simulate.")
 @click.option("--out", type=Path, metavar="FILE.json", help="Write the sums there, of each site and together.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Worker processes.")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from simulations.ready import ready_job
+
 
 @click.command()
-@click.argument("job", type=Path)
+@click.argument("job", type=ready_job)
 @click.option("--data", type=Path, required=True, help="Folder of the sites' images, as for simulate.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of JOB; repeatable.")
 def tune(job: Path, data: Path, settings: tuple[str, ...]) -> None:

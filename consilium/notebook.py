@@ -8,6 +8,7 @@ from typing import Unpack
 from consilium.progress import showing
 from shared.config import Job, load_job
 from simulations import simulate
+from simulations.ready import ready_job
 from simulations.result import Result
 
 
@@ -23,6 +24,6 @@ def run(
 
     ``options`` are those of ``simulations.simulate.run``, such as ``baselines=True`` or ``workers=4``.
     """
-    job = job if isinstance(job, Job) else load_job(job)
+    job = job if isinstance(job, Job) else load_job(ready_job(job))
     with showing(job, progress) as observe:
         return simulate.run(job, data, out, observe=observe, **options)

@@ -29,6 +29,7 @@ from simulations.baselines import POOLED, baselines_of
 from simulations.devices import cores, places
 from simulations.engine import RUN_ID, LocalGrid, grid_of
 from simulations.pool import WorkerPool
+from simulations.ready import ready_job
 from simulations.result import Result
 from simulations.sites import find_sites, node_of
 
@@ -98,7 +99,7 @@ def run(
         UserError: bad input, in one line.
         RunFailed: the quorum was lost; what there was is in ``out``.
     """
-    job = job if isinstance(job, Job) else load_job(job)
+    job = job if isinstance(job, Job) else load_job(ready_job(job))
     load_task(job.task).check(job)
     if store:
         open_database(store).dispose()  # a store that was asked for by name must be there before anything is trained
