@@ -16,8 +16,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from client.check import Report
 from client.policy import Policy, read_policy, require
 from client.preflight import Finding, attention, ok, spoken, stop
+from client.subgroups import least_of, tells
 from shared.config import Job, read_toml
 from shared.errors import CODES, SiteRefusal
+from shared.subgroups import parse_subgroups
 from shared.tasks import TASKS
 
 FEW = 10  # training images of a class: below, its few images alone decide what is learnt of it here
@@ -140,6 +142,7 @@ def images(report: Report, file: Path, job: Job | None) -> Iterator[Finding]:
     yield from classes(report, job)
     policy = read_policy(file)
     yield from _rules(report, job, policy)
+    yield from groups(job, policy)
 
 
 def classes(report: Report, job: Job) -> Iterator[Finding]:
@@ -163,6 +166,23 @@ def classes(report: Report, job: Job) -> Iterator[Finding]:
         yield attention(
             "test images", "there are none: the model is not tested here", "fine if that is meant; else see the split"
         )
+
+
+def groups(job: Job, policy: Policy) -> Iterator[Finding]:
+    """By which groups of patients test figures leave, where the job asks for any."""
+    asked = [one.name for one in parse_subgroups(job.evaluation.subgroups)]
+    told, kept = ([name for name in asked if tells(policy, name) is one] for one in (True, False))
+    if not asked:
+        return
+    words = [
+        *(
+            [f"test figures by {', '.join(told)} leave, of groups of at least {least_of(policy)} images"]
+            if told
+            else []
+        ),
+        *([f"none by {', '.join(kept)}, which the job asks for and privacy.subgroups does not name"] if kept else []),
+    ]
+    yield ok("groups of patients", "; ".join(words))
 
 
 def _rules(report: Report, job: Job, policy: Policy) -> Iterator[Finding]:

@@ -276,6 +276,25 @@ def test_a_job_that_the_sites_rules_decline_stops_with_the_rule(tmp_path: Path, 
     assert "40 training patients, min_patients is 41" in found.words
 
 
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("all", "test figures by sex, age leave, of groups of at least 7 images"),
+        ("age", "test figures by age leave, of groups of at least 7 images; none by sex, which the job asks for and"),
+        ("", "none by sex, age, which the job asks for and privacy.subgroups does not name"),
+    ],
+)
+def test_by_which_groups_of_patients_figures_leave_is_foretold(
+    named: str, words: str, tmp_path: Path, tiny_job: Job
+) -> None:
+    file = write_site(tmp_path / "site", "a", 80)
+    file.write_text(file.read_text() + f'[privacy]\nmin_cell = 7\nsubgroups = "{named}"\n')
+    job = tiny_job.replace(evaluation__subgroups="sex, age=40|65")
+    found = found_in(file, job, tmp_path / "job.toml")["groups of patients"]
+    assert found.level is OK
+    assert found.words.startswith(words)
+
+
 def test_small_cells_of_test_images_are_foretold(tmp_path: Path, tiny_job: Job) -> None:
     file = write_site(tmp_path / "a", "a", 80)
     file.write_text(file.read_text() + "[privacy]\nmin_cell = 11\n")
