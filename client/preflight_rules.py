@@ -174,14 +174,11 @@ def groups(job: Job, policy: Policy) -> Iterator[Finding]:
     told, kept = ([name for name in asked if tells(policy, name) is one] for one in (True, False))
     if not asked:
         return
-    words = [
-        *(
-            [f"test figures by {', '.join(told)} leave, of groups of at least {least_of(policy)} images"]
-            if told
-            else []
-        ),
-        *([f"none by {', '.join(kept)}, which the job asks for and privacy.subgroups does not name"] if kept else []),
-    ]
+    words = []
+    if told:
+        words.append(f"test figures by {', '.join(told)} leave, of groups of at least {least_of(policy)} images")
+    if kept:
+        words.append(f"none by {', '.join(kept)}, which the job asks for and privacy.subgroups does not name")
     yield ok("groups of patients", "; ".join(words))
 
 

@@ -11,6 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from consilium.registry import add
+from consilium.signing import keygen
 from server.dashboard.app import create_app
 from server.dashboard.guard import Access
 from shared.config import Job, job_from_flat
@@ -70,6 +72,15 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(runs_folder: Path) -> Path:
     return runs_folder / "consilium.sqlite"
+
+
+@pytest.fixture(scope="session")
+def registry(runs_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Releases: the run ``second`` is one."""
+    folder = tmp_path_factory.mktemp("released")
+    keygen(folder / "key")
+    add(folder / "registry", runs_folder / "second", "tiny", "1.0", folder / "key")
+    return folder / "registry"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from client.app import app as real
 from server.operating import FIGURES
 from server.rounds import Run
+from server.wording import number
 from shared.config import job_from_flat
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
@@ -35,8 +37,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 class Served:
     """`consilium dashboard` as it is typed, on a port that is free."""
 
-    def __init__(self, store: Path) -> None:
-        command = [sys.executable, "-m", "consilium", "dashboard", "--store", str(store), "--port", "0"]
+    def __init__(self, store: Path, *more: str) -> None:
+        command = [sys.executable, "-m", "consilium", "dashboard", "--store", str(store), "--port", "0", *more]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -54,8 +56,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(store: Path) -> Iterator[Served]:
-    found = Served(store)
+def served(store: Path, registry: Path) -> Iterator[Served]:
+    found = Served(store, "--registry", str(registry))
     yield found
     found.end()
 
@@ -213,6 +215,28 @@ def test_a_model_is_downloaded_whole(opened: Open, runs_folder: Path) -> None:
     assert Path(download.value.path()).read_bytes() == (runs_folder / "first" / "model.safetensors").read_bytes()
     expect(page.locator(".modelcard h1")).to_have_text("Card of tiny")
     expect(page.locator(".modelcard")).to_contain_text("<script>alert(1)</script>")
+    opened.faultless()
+
+
+def test_a_model_stands_against_the_release_before_it(opened: Open, runs_folder: Path) -> None:
+    results = [json.loads((runs_folder / name / "result.json").read_text()) for name in ("first", "second")]
+    new, old = (result["federated"] for result in results)
+    ids = runs_of(opened)
+    page = opened.go(f"/runs/{ids['first']}/model")
+    table = page.get_by_role("table", name="Both on the same sites’ test sums")
+    expect(table).to_be_visible()
+    lines = table.locator("tbody tr").all()
+    rows = {line.locator("th").inner_text(): line.locator("td").all_inner_texts() for line in lines}
+    for name, metric in {"AUROC": "auroc", "Balanced accuracy": "balanced_accuracy"}.items():
+        release, this, difference, words = rows[name]
+        assert release.startswith(number(old[metric]))
+        assert this.startswith(number(new[metric]))
+        assert difference.startswith(number(new[metric] - old[metric]))
+        assert words in ("this model is better", "this model is worse", "no clear difference")
+    expect(page.get_by_role("heading", name="Against release tiny 1.0")).to_be_visible()
+    page = opened.go(f"/runs/{ids['second']}/model")  # which is the only release
+    expect(page.locator(".modelcard")).to_be_visible()
+    expect(page.get_by_role("heading", name="Against release")).to_have_count(0)
     opened.faultless()
 
 

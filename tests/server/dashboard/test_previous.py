@@ -10,21 +10,12 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 
 from consilium.cli import commands
-from consilium.registry import add
-from consilium.signing import keygen
 from server.dashboard.app import create_app
 from server.dashboard.guard import Access
 from server.wording import number
 from shared.errors import UserError
 
 from .conftest import SIGNED_IN, TOKEN
-
-
-@pytest.fixture
-def registry(runs_folder: Path, tmp_path: Path) -> Path:
-    keygen(tmp_path / "key")
-    add(tmp_path / "registry", runs_folder / "second", "tiny", "1.0", tmp_path / "key")
-    return tmp_path / "registry"
 
 
 def test_both_figures_are_those_of_the_runs(
