@@ -30,6 +30,7 @@ class SiteData:
     label_map: Mapping[str, str] = field(default_factory=dict)
     max_unreadable: float = 0.05
     cache: Path | None = None
+    cache_gb: float = 100.0  # most that all decoded images in it may take, 10^9 bytes
     scale: tuple[float, float] | None = None  # see shared.imaging.scale; it stays at the site
 
 

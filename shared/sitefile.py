@@ -11,6 +11,7 @@ csv = "labels.csv"       # path,label and optional patient, split, frame, box, k
 max_unreadable = 0.05
 [cache]
 dir = ".consilium/cache"  # decoded images; this is the default
+max_gb = 100              # beyond that, those of jobs that ran longest ago are removed
 [privacy]                 # what may leave: see client/policy.py
 require_dp = true
 max_epsilon = 8.0
@@ -58,7 +59,7 @@ _KEYS: dict[str, dict[str, type]] = {
     "": {"name": str},
     "data": {"dir": str, "format": str, "csv": str},
     "limits": {"max_unreadable": float},
-    "cache": {"dir": str},
+    "cache": {"dir": str, "max_gb": float},
     "privacy": {name: type(value) for name, value in PRIVACY.items()},
     "server": {"address": str, "ca": str, "key": str, "local_port": int},
 }
@@ -122,6 +123,7 @@ def read_site(path: Path, home: Path | None = None) -> SiteData:
         label_map=content.get("label_map", {}),
         max_unreadable=float(content.get("limits", {}).get("max_unreadable", 0.05)),
         cache=path.parent / cache if own or home is None else home / cache,
+        cache_gb=float(content.get("cache", {}).get("max_gb", SiteData.cache_gb)),
     )
 
 
@@ -149,6 +151,9 @@ def _check(content: Mapping[str, Any]) -> None:
     limit = content.get("limits", {}).get("max_unreadable", 0.05)
     if not 0 <= limit <= 1:
         raise UserError(f"limits.max_unreadable = {limit}: must be from 0 to 1, for example 0.05 for 5 %")
+    room = content.get("cache", {}).get("max_gb", SiteData.cache_gb)
+    if not room > 0:
+        raise UserError(f"cache.max_gb = {room}: must be above 0, for example 100")
 
 
 def _check_value(table: str, name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ form a ``Column``: one flat file, so that cases may differ in size.
 
 The cache lies in the site's own folder. Its key covers each file's path, size and time of change and the settings the
 task decodes by, so a changed file or job decodes afresh; a half-written cache is never seen, since the folder is
-renamed into place when complete.
+renamed into place when complete. All entries together take no more than the site allows, see ``pruning``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.errors import UnreadableImage
+from shared.imaging.pruning import INDEX, WRITING, mark_used, prune
 from shared.imaging.scale import with_scale
 from shared.imaging.stamp import stamp
 from shared.sitefile import OWN_FOLDER
@@ -164,9 +165,7 @@ def load_dataset(
     site = with_scale(samples, site, job)
     folder = site.cache or site.root / OWN_FOLDER / "cache"
     entry = folder / _key(samples, site, job)
-    if not (entry / "index.json").is_file():
-        _decode(samples, site, job, entry, progress)
-    index = json.loads((entry / "index.json").read_text(encoding="utf-8"))
+    index, columns = _opened(entry) or _decoded(samples, site, job, entry, progress)
     skipped = tuple(Skipped(**item) for item in index["skipped"])
     if len(skipped) > site.max_unreadable * len(samples) + 1e-9:  # 29 of 100 are not above 0.29
         names = ", ".join(f"{item.path} ({item.code})" for item in skipped[:20])
@@ -175,8 +174,29 @@ def load_dataset(
             f"{len(skipped)} of {len(samples)} images cannot be read, the limit is {site.max_unreadable:.0%}: {names}"
             "; mend or remove them, or raise [limits] max_unreadable in site.toml",
         )
-    columns = {name: _open(entry / f"{name}.raw", **facts) for name, facts in index["columns"].items()}
     return Dataset(columns, tuple(samples[i] for i in index["kept"]), skipped)
+
+
+def _opened(entry: Path) -> tuple[dict[str, Any], dict[str, Column]] | None:
+    """The index and the columns of an entry; None where there is none, or it is being removed."""
+    try:
+        index = json.loads((entry / INDEX).read_text(encoding="utf-8"))
+        columns = {name: _open(entry / f"{name}.raw", **facts) for name, facts in index["columns"].items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    mark_used(entry)
+    return index, columns
+
+
+def _decoded(
+    samples: Sequence[Sample], site: SiteData, job: Job, entry: Path, progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, Any], dict[str, Column]]:
+    """What ``_opened`` gives of an entry that is made now; others make room for it."""
+    _decode(samples, site, job, entry, progress)
+    prune(entry.parent, site.cache_gb * 1e9, entry)
+    if (found := _opened(entry)) is None:
+        raise SiteRefusal("no-cache", f"{entry}: another process removed it at once; raise [cache] max_gb in site.toml")
+    return found
 
 
 def _open(path: Path, dtype: str, shapes: list[list[int]]) -> Column:
@@ -233,7 +253,7 @@ def _decode(
     task = load_task(job.task)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".writing-", dir=entry.parent))
+        work = Path(tempfile.mkdtemp(prefix=WRITING, dir=entry.parent))
     except OSError as error:
         raise SiteRefusal("no-cache", f"{entry.parent}: cannot write the image cache: {error.strerror}") from None
     writer = _Writer(work)
@@ -250,11 +270,11 @@ def _decode(
                 progress(number + 1, len(samples))
         writer.close()
         index = {"kept": kept, "skipped": skipped, "columns": writer.facts()}
-        (work / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        (work / INDEX).write_text(json.dumps(index), encoding="utf-8")
         try:
             os.rename(work, entry)
         except OSError:
-            if not (entry / "index.json").is_file():
+            if not (entry / INDEX).is_file():
                 raise
     finally:
         writer.close()
