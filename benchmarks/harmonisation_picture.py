@@ -66,6 +66,7 @@ def rows_of(pictures: list[Picture], rules: tuple[str, ...]) -> list[tuple[str, 
 
 
 def main(data: Path, out: Path) -> None:
+    """Draw both blocks, each image as it is and as the rules leave it, to ``out``."""
     blocks = [rows_of(nuclei(data), NUCLEI), rows_of(smears(data), STAINED)]
     width = sum(len(block[0][1]) * (SIDE + EDGE) + 4 * EDGE for block in blocks)
     height = max(len(block) for block in blocks) * (SIDE + EDGE + TITLE)

@@ -88,6 +88,7 @@ class Entry(NamedTuple):
 
     @property
     def mechanism(self) -> Mechanism:
+        """What was spent, as the accountant reckons it."""
         return Mechanism(self.noise_multiplier, self.sampling_rate, self.steps)
 
 

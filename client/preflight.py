@@ -68,14 +68,17 @@ def spoken(digest: bytes) -> str:
 
 
 def ok(title: str, words: str) -> Finding:
+    """Nothing is to be done."""
     return Finding(Level.OK, title, words)
 
 
 def attention(title: str, words: str, todo: str) -> Finding:
+    """It works, but ``todo`` would be better."""
     return Finding(Level.ATTENTION, title, words, todo)
 
 
 def stop(title: str, words: str, todo: str) -> Finding:
+    """The site cannot join before ``todo`` is done."""
     return Finding(Level.STOP, title, words, todo)
 
 

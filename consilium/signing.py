@@ -35,6 +35,7 @@ def keygen(path: Path) -> tuple[Path, str]:
 
 
 def to_pem(key: Ed25519PublicKey) -> bytes:
+    """The public key as text, as it stands beside a release."""
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 

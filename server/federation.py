@@ -75,26 +75,32 @@ class Folder:
 
     @property
     def ca_cert(self) -> Path:
+        """The authority's certificate, which every site has too."""
         return self.path / "ca" / "ca.crt"
 
     @property
     def ca_key(self) -> Path:
+        """The authority's key: who has it can let anybody in."""
         return self.path / "ca" / "ca.key"
 
     @property
     def server(self) -> Path:
+        """What the server's machine needs."""
         return self.path / "server"
 
     @property
     def server_cert(self) -> Path:
+        """The gateway's certificate."""
         return self.server / "server.crt"
 
     @property
     def server_key(self) -> Path:
+        """The gateway's key."""
         return self.server / "server.key"
 
     @property
     def nginx_conf(self) -> Path:
+        """The gateway's configuration."""
         return self.server / "nginx.conf"
 
     @property
@@ -104,22 +110,27 @@ class Folder:
 
     @property
     def unit(self) -> Path:
+        """The systemd unit of the server."""
         return self.server / "consilium-server.service"
 
     @property
     def compose(self) -> Path:
+        """The compose file of the server's containers."""
         return self.server / "compose.yml"
 
     @property
     def sites(self) -> Path:
+        """A folder for each site: its public key and who it is."""
         return self.path / "sites"
 
     @property
     def revoked(self) -> Path:
+        """A folder for each site that is out, moved here from ``sites``."""
         return self.path / "revoked"
 
     @property
     def kits(self) -> Path:
+        """The start-up kits, one for each site."""
         return self.path / "kits"
 
     @property
@@ -134,6 +145,7 @@ class Folder:
 
     @property
     def runs(self) -> Path:
+        """The run folders."""
         return self.path / "runs"
 
     def node_pub(self, site: str) -> Path:
@@ -141,6 +153,7 @@ class Folder:
         return self.sites / site / "node.pub"
 
     def kit(self, site: str) -> Path:
+        """A site's start-up kit."""
         return self.kits / f"{site}.zip"
 
     def site_names(self) -> list[str]:

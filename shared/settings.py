@@ -28,6 +28,8 @@ def knob(
 
 @dataclass(frozen=True)
 class Data:
+    """What a case is, where its labels stand, and how its image is made ready."""
+
     format: str = knob(
         "auto",
         "how a folder of images without a site.toml is read",
@@ -99,6 +101,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Augment:
+    """What is changed at random in the images that are trained on."""
+
     flip: str = knob("none", "random mirroring", choices=("none", "horizontal", "vertical", "both"))
     rotate: float = knob(0.0, "random rotation up to so many degrees", low=0.0, high=180.0)
     shift: float = knob(0.0, "random shift up to this share of the image", low=0.0, high=0.5)
@@ -111,6 +115,8 @@ class Augment:
 
 @dataclass(frozen=True)
 class Model:
+    """The network."""
+
     name: str = knob("cnn", "the network; `consilium models` lists them by task")
     weights: str = knob("", "start from a local file (.safetensors, .pt) or a torchvision weight name such as DEFAULT")
     freeze: str = knob("none", "backbone: train and exchange only the head", choices=("none", "backbone"))
@@ -129,6 +135,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
+    """Gradient steps at a site."""
+
     local_steps: int = knob(1, "gradient steps at each site in each round", low=1, high=1_000_000)
     local_epochs: float = knob(
         0.0, "instead of local_steps: passes over a site's own images in each round; 0 is off", low=0.0, high=10_000.0
@@ -160,6 +168,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Federation:
+    """Rounds, and how many models become one."""
+
     rounds: int = knob(300, "number of rounds", low=1, high=1_000_000)
     min_sites: int = knob(1, "quorum: fewer admitted replies than this end the run", low=1, high=100_000)
     fraction: float = knob(1.0, "share of the sites that train in a round", low=0.0001, high=1.0)
@@ -251,6 +261,8 @@ class Federation:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """What is measured, and when."""
+
     every: int = knob(
         10, "validate the global model at the sites every so many rounds, and after the last", low=1, high=1_000_000
     )
@@ -281,6 +293,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Privacy:
+    """What the job grants the sites."""
+
     dp: str = knob(
         "none",
         "differential privacy. local: each site clips and noises its own gradients (DP-SGD); distributed: the same, "

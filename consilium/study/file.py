@@ -79,6 +79,11 @@ def check_keys(content: Mapping[str, Any]) -> None:
 
 
 def seeds_of(content: Mapping[str, Any]) -> tuple[int, ...]:
+    """The study's seeds; one run of each cell for each.
+
+    Raises:
+        UserError: they are not whole numbers, or one stands there twice.
+    """
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UserError(f"seeds = {seeds!r}: must be a list of whole numbers, for example [0, 1, 2]")
@@ -88,6 +93,11 @@ def seeds_of(content: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def text_of(content: Mapping[str, Any], key: str, default: str = "") -> str:
+    """The text at a key.
+
+    Raises:
+        UserError: it is none.
+    """
     value = content.get(key, default)
     if not isinstance(value, str):
         raise UserError(f"{key} = {value!r}: must be a text in quotes")

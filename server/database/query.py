@@ -66,16 +66,27 @@ LISTED = [column for column in t.run.c if column.name != "settings"]
 
 
 def run_column(name: str) -> Column[Any]:
+    """The column of this name in the table of runs.
+
+    Raises:
+        UserError: there is none that is listed.
+    """
     if name not in t.run.c or name == "settings":
         raise UserError(f"{name!r}: runs have {', '.join(column.name for column in LISTED)}")
     return t.run.c[name]
 
 
 def plain(connection: Connection, asked: Select[Any]) -> list[Row]:
+    """All rows of an answer as plain dicts."""
     return [dict(row) for row in connection.execute(asked).mappings()]
 
 
 def run_row(connection: Connection, id: int) -> Row:
+    """The row of a run.
+
+    Raises:
+        UserError: it is not in the store.
+    """
     row = connection.execute(select(t.run).where(t.run.c.id == id)).mappings().one_or_none()
     if row is None:
         raise UserError(f"run {id}: is not in the store")
@@ -83,11 +94,17 @@ def run_row(connection: Connection, id: int) -> Row:
 
 
 def exists(connection: Connection, id: int) -> None:
+    """Nothing, if the run is in the store.
+
+    Raises:
+        UserError: it is not.
+    """
     if connection.scalar(select(t.run.c.id).where(t.run.c.id == id)) is None:
         raise UserError(f"run {id}: is not in the store")
 
 
 def evaluated(id: int, split: str | None) -> list[Any]:
+    """The conditions that pick a run's evaluations, of one split or of all."""
     within = [t.event.c.run == id, t.event.c.kind == "evaluation"]
     return [*within, t.event.c.split == split] if split is not None else within
 

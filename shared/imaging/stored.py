@@ -64,10 +64,12 @@ class Opened:
 
     @property
     def syntax(self) -> Any:
+        """The transfer syntax that the pixels are in."""
         return self.header.file_meta.TransferSyntaxUID
 
     @property
     def frames(self) -> int:
+        """How many frames there are."""
         return int(self.options["number_of_frames"])
 
 
@@ -75,6 +77,11 @@ class Opened:
 
 
 def open_dicom(file: IO[bytes]) -> Opened:
+    """A DICOM file up to its pixels, which are not decoded yet.
+
+    Raises:
+        UnreadableImage: it is none, or says nothing of its pixels.
+    """
     from pydicom import dcmread
     from pydicom.pixels.utils import as_pixel_options
 

@@ -32,6 +32,7 @@ class Ramps(nn.Module):
     RAMPS = int(2 * LIMIT / WIDTH)
 
     def forward(self, values: Tensor) -> Tensor:
+        """Numbers (b, n), NaN where missing, as ramps (b, n * RAMPS)."""
         starts = torch.arange(self.RAMPS, dtype=values.dtype, device=values.device)
         climbed = (torch.asinh(values.nan_to_num(nan=0.0))[..., None] + self.LIMIT) / self.WIDTH - starts
         of_zero = self.LIMIT / self.WIDTH - starts
@@ -49,6 +50,7 @@ class Numbers(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inner, outputs), nn.ReLU(), nn.Linear(outputs, outputs), nn.ReLU())
 
     def forward(self, values: Tensor) -> Tensor:
+        """Numbers (b, n), NaN where missing, as features (b, outputs)."""
         parts = [self.ramps(values)]
         if self.flags:
             parts.append(values.isnan().to(values.dtype))

@@ -26,6 +26,7 @@ class MeanAndMax(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (b, c, height, width) as their means and maxima (b, 2c, 1, 1)."""
         return torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)], 1)
 
 

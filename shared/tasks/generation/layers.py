@@ -45,6 +45,7 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("start", _start(out), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The convolution with a weight of largest singular value 1."""
         weight = self.weight / largest_singular_value(self.weight, self.start)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
@@ -59,6 +60,7 @@ class SpectralLinear(nn.Linear):
         self.register_buffer("start", _start(out), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The linear map with a weight of largest singular value 1."""
         return F.linear(x, self.weight / largest_singular_value(self.weight, self.start), self.bias)
 
 

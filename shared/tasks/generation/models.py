@@ -54,6 +54,7 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(wide[-1], channels, 3, padding=1)
 
     def forward(self, noise: Tensor, classes: Tensor) -> Tensor:
+        """Pictures (n, channels, size, size) in [0, 1] of noise (n, latent) and classes (n,)."""
         if self.classes:
             noise = torch.cat([noise, F.one_hot(classes, self.classes).to(noise)], 1)
         x = self.first(noise).unflatten(1, (-1, self.sides[0], self.sides[0]))
@@ -84,6 +85,7 @@ class Discriminator(nn.Module):
         self.head = SpectralLinear(wide[-1] * lengths[-1] ** 2, 1 + classes)
 
     def forward(self, images: Tensor, classes: Tensor) -> Tensor:
+        """The scores (n,)."""
         scores: Tensor = self.head(self.features(images))
         if not self.classes:
             return scores[:, 0]
