@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from shared.config import knobs, toml_scalar
 from shared.settings import Federation
-from shared.strategies import AGGREGATORS, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
+from shared.strategies import AGGREGATORS, CODEC_NAMES, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
+
+_CHOSEN = {"federation.correction": CORRECTIONS, "federation.local": LOCAL, "federation.codec": CODEC_NAMES}
 
 
 def lines() -> Iterator[str]:
@@ -30,7 +32,7 @@ def lines() -> Iterator[str]:
     for name, (rate, help_) in SERVER_OPTIMIZERS.items():
         yield f"    {name:17} {help_}" + ("" if name == "none" else f" ({rate:g})")
     yield ""
-    for key, choices in {"federation.correction": CORRECTIONS, "federation.local": LOCAL}.items():
+    for key, choices in _CHOSEN.items():
         yield f"{key}: {knobs()[key].metadata['help'].partition(';')[0]}"
         for name, help_ in choices.items():
             yield f"    {name:17} {help_}"

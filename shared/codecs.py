@@ -10,7 +10,7 @@ travel as they are. The bytes of all arrays lie one after another without names 
 build say where each begins. So a vector that is not exactly ``length`` bytes is no change of this model, and no vector
 unfolds to more than the model.
 
-To add a codec: one line in ``CODECS``.
+To add a codec: one line in ``CODECS``, and its name in ``shared.strategies.CODEC_NAMES``; see docs/extending.md.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from shared.errors import UserError
 from shared.pairs import check_pairs
 from shared.rules import check_rules
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
-from shared.strategies import AGGREGATORS, STRATEGIES, resolve
+from shared.strategies import AGGREGATORS, CODEC_NAMES, STRATEGIES, resolve
 from shared.subgroups import parse_subgroups
 from shared.tasks import TASKS
 
@@ -140,6 +140,7 @@ STRATEGY = "federation.strategy"
 _OPEN: dict[str, Iterable[str]] = {
     STRATEGY: STRATEGIES,
     "federation.aggregator": AGGREGATORS,
+    "federation.codec": CODEC_NAMES,
 }  # registries that a program may add to
 RUN_PREFIX = "run."  # where a run's files lie; set by the engine, no part of the job or its hash
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from shared.rules import PERCENTS, RULES
-from shared.strategies import AGGREGATORS, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
+from shared.strategies import AGGREGATORS, CODEC_NAMES, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
 from shared.tasks import TASKS
 
 # How a folder of images may be laid out; each task reads some of them. "cases" is what a partition writes.
@@ -229,7 +229,7 @@ class Federation:
     codec: str = knob(
         "none",
         "how the model's changes travel, both ways: whole, in fewer bits, or only the largest numbers of them",
-        choices=("none", "bf16", "int8", "int2", "sign", "topk", "topk-int8"),
+        choices=tuple(CODEC_NAMES),
     )
     codec_keep: float = knob(0.1, "topk: share of the numbers that travel in a round", low=1 / 256, high=1.0)
     correction: str = knob(

@@ -8,7 +8,8 @@
 A strategy sets every setting that the job leaves at its default; what the job sets itself wins. So a resolved job reads
 back as itself. To add a name: one line in ``STRATEGIES``.
 
-An aggregator is one line in ``AGGREGATORS`` and one function of that name, see ``server.aggregation``.
+An aggregator is one line in ``AGGREGATORS`` and one function of that name, see ``server.aggregation``; a codec is one
+in ``CODEC_NAMES`` and one in ``shared.codecs``.
 """
 
 from __future__ import annotations
@@ -104,6 +105,17 @@ STRATEGIES: dict[str, dict[str, Value]] = {
     "fedbn": {"federation.local": "norm"},  # Li et al. 2021
     "fedper": {"federation.local": "head"},  # Arivazhagan et al. 2019
     "ditto": {"federation.local": "ditto"},  # Li et al. 2021
+}
+
+#: What travels of a model's change, by the name of the codec; ``shared.codecs`` does it.
+CODEC_NAMES: dict[str, str] = {
+    "none": "the whole model, as it is",
+    "bf16": "each number in 16 bits",
+    "int8": "each number in 8 bits, a scale for each channel",
+    "int2": "a bit for the sign, a bit for large or small, a scale for each channel",
+    "sign": "a bit for each number, a scale for each channel",
+    "topk": "the largest numbers, whole, with their places",
+    "topk-int8": "the largest numbers in 8 bits, with their places",
 }
 
 

@@ -8,16 +8,17 @@ from the least to the largest value of the picture. 16-bit files say nowhere how
 
 from __future__ import annotations
 
-import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.imaging import video
+from shared.imaging.arrays import pictures
 from shared.imaging.dicom import dicom_frame_count, frame_index, read_dicom
 from shared.imaging.display import Picture, min_max
 from shared.imaging.errors import CODES, MAX_PIXELS, UnreadableImage, only_unreadable, require_bytes, silence
@@ -47,9 +48,27 @@ _MAGIC: Final = (
     (b"MM\0*", "TIFF"),
     (b"II+\0", "TIFF"),
     (b"MM\0+", "TIFF"),
-    (b"PK\x03\x04", "npz"),
-    (b"\x93NUMPY", "npy"),
 )
+
+
+class Reader(NamedTuple):
+    """A kind of file that holds pictures on end.
+
+    ``magic`` are its first bytes, ``suffixes`` those by which a walk through a folder takes it, and ``pictures(path,
+    key)`` gives them all: (n, height, width) or (n, height, width, channels), of any number type. It raises
+    UnreadableImage, or ValueError for a file that is damaged.
+    """
+
+    magic: bytes
+    suffixes: tuple[str, ...]
+    pictures: Callable[[Name, str | None], Array]
+
+
+#: To read another kind of file: one line here; see docs/extending.md.
+READERS: dict[str, Reader] = {
+    "npz": Reader(b"PK\x03\x04", (), lambda path, key: pictures(path, "npz", key)),
+    "npy": Reader(b"\x93NUMPY", (), lambda path, key: pictures(path, "npy", key)),
+}
 _ITU_R_BT601 = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -75,9 +94,9 @@ def read_image(path: Name, frame: int | str = "middle", box: Box | None = None, 
     kind = _kind(path)
     if kind == "DICOM":
         picture = read_dicom(path, frame)
-    elif kind in ("npz", "npy"):
-        pictures = _pictures(path, kind, key)
-        picture = _ranged(pictures[frame_index(frame, len(pictures))])
+    elif kind in READERS:
+        found = READERS[kind].pictures(path, key)
+        picture = _ranged(found[frame_index(frame, len(found))])
     elif kind == "film":
         picture = video.read_frame(path, frame)
     else:
@@ -91,8 +110,8 @@ def frame_count(path: Name, key: str | None = None) -> int:
     kind = _kind(path)
     if kind == "DICOM":
         return dicom_frame_count(path)
-    if kind in ("npz", "npy"):
-        return len(_pictures(path, kind, key))
+    if kind in READERS:
+        return len(READERS[kind].pictures(path, key))
     if kind == "film":
         return video.frame_count(path)
     if kind == "TIFF":
@@ -111,7 +130,7 @@ def is_image_name(path: Name) -> bool:
     one, with a frame.
     """
     suffix = Path(path).suffix.lower()
-    if suffix in _SUFFIXES:
+    if suffix in _SUFFIXES or any(suffix in reader.suffixes for reader in READERS.values()):
         return True
     if suffix and not suffix[1:].isdecimal():
         return False
@@ -158,13 +177,13 @@ def fit(image: npt.ArrayLike, height: int, width: int, channels: int) -> Picture
 
 
 def _kind(path: Name) -> str:
-    """ "DICOM", a Pillow format name, "npz", "npy" or "film"; UnreadableImage or OSError for anything else."""
+    """ "DICOM", a Pillow format name, one of ``READERS`` or "film"; UnreadableImage or OSError for anything else."""
     require_bytes(path)
     with open(path, "rb") as file:
         head = file.read(400)
     if head[128:132] == b"DICM":  # first, because a DICOM file may also be a TIFF: its first 128 bytes are free
         return "DICOM"
-    for magic, kind in _MAGIC:
+    for magic, kind in (*_MAGIC, *((reader.magic, kind) for kind, reader in READERS.items())):
         if head.startswith(magic):
             return kind
     if video.container_of(head) or video.is_video_name(path):
@@ -211,63 +230,6 @@ def crop(picture: Picture, box: Box) -> Picture:
     if part.size == 0:
         raise UnreadableImage("bad-crop", f"box {box} in {picture.shape}")
     return part.copy()  # a view would keep the whole picture in memory
-
-
-# --- arrays -----------------------------------------------------------------------------------------------------------
-
-
-def _pictures(path: Name, kind: str, key: str | None) -> Array:
-    """The pictures of an array file along the first axis: (N, H, W) or (N, H, W, channels)."""
-    stat = os.stat(path)
-    array = _load(os.path.abspath(path), stat.st_mtime_ns, stat.st_size, kind, key)
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
-        return array[None]  # a single picture
-    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3, 4):
-        return np.moveaxis(array, 1, 3)
-    return array
-
-
-@functools.lru_cache(maxsize=4)  # a data set reads one file thousands of times; few, because they stay in memory
-def _load(path: str, _changed: int, _size: int, kind: str, key: str | None) -> Array:
-    try:
-        if kind == "npy":
-            return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        with np.load(path, allow_pickle=False) as archive:
-            return np.asanyarray(archive[_array_name(path, archive, key)])
-    except MemoryError as error:  # a damaged header may name any size
-        raise UnreadableImage("too-large", str(error)) from None
-
-
-def _array_name(path: str, archive: Any, key: str | None) -> str:
-    names: list[str] = list(archive.files)
-    if key is not None or "images" in names:
-        wanted = "images" if key is None else key
-        if wanted not in names:
-            raise UnreadableImage("no-such-array", f"{wanted!r} not among {names}")
-        return wanted
-    shapes = _shapes(path, names)
-    # Labels are (N,) or (N, 1): more axes than these, if any array has them, else both sides longer than 1.
-    deep = [name for name in names if len(shapes[name]) in (3, 4)]
-    likely = deep or [name for name in names if len(shapes[name]) == 2 and min(shapes[name]) > 1]
-    if len(likely) != 1:
-        raise UnreadableImage("no-such-array", f"name one of {names}")
-    return likely[0]
-
-
-def _shapes(path: str, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of an archive from their headers, without decompressing them."""
-    import zipfile
-
-    from numpy.lib import format as npy
-
-    shapes = {}
-    with zipfile.ZipFile(path) as archive:
-        for name in names:
-            with archive.open(name + ".npy") as member:
-                version = npy.read_magic(member)
-                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shapes[name] = read(member)[0]
-    return shapes
 
 
 # --- PNG, JPEG, BMP, TIFF ---------------------------------------------------------------------------------------------
