@@ -43,13 +43,11 @@ def replies(
             yield reply
         return
     deadline = time.monotonic() + timeout
-    if between_machines := isinstance(grid, http_grid.HttpGrid):
-        http_grid.pull_objects = _soon  # type: ignore[attr-defined]
-    names = list(grid.push_messages(_packed(messages) if between_machines else messages)) if messages else []
+    names = push(grid, messages)
     here: dict[str, Message] = {}
     times: dict[str, float] = {}
     heard = time.monotonic()
-    for place, name in enumerate([*names, *[""] * (len(messages) - len(names))]):
+    for place, name in enumerate(names):
         while name and name not in here:
             asked = time.monotonic()
             wanted = [other for other in names[place : place + 1 + AHEAD] if other and other not in here]
@@ -60,10 +58,38 @@ def replies(
             if name not in here:
                 if now >= deadline:
                     break
-                wait = min(max(SHARE * (now - heard), IDLE * (now - asked), POLLS[0]), POLLS[1])
-                time.sleep(min(wait, max(0.0, deadline - now)))
+                _pause(now - heard, now - asked, deadline - now)
         came.append(times.pop(name, time.time() - began))
         yield here.pop(name, None)
+
+
+def push(grid: Grid, messages: Sequence[Message]) -> list[str]:
+    """Send messages; gives the name of each by which its reply is asked for, "" for one that could not be sent."""
+    if not messages:
+        return []
+    if between_machines := isinstance(grid, http_grid.HttpGrid):
+        http_grid.pull_objects = _soon  # type: ignore[attr-defined]
+    names = list(grid.push_messages(_packed(messages) if between_machines else messages))
+    return [*names, *[""] * (len(messages) - len(names))]
+
+
+def first_replies(grid: Grid, names: list[str], timeout: float) -> dict[str, Message]:
+    """The replies that are there to the messages of these names, as soon as there is any; none after ``timeout`` s."""
+    began, here = time.monotonic(), dict[str, Message]()
+    while True:
+        if hasattr(grid, "wait_any"):  # an engine on this machine, which need not be asked again and again
+            grid.wait_any(names, max(began + timeout - time.monotonic(), 0.0))
+        asked = time.monotonic()
+        if _collect(grid, names, here) or asked >= began + timeout:
+            return here
+        now = time.monotonic()
+        _pause(now - began, now - asked, began + timeout - now)
+
+
+def _pause(silent: float, took: float, left: float) -> None:
+    """Wait before the next question: there was no news for ``silent`` s, the last one took ``took`` s."""
+    wait = min(max(SHARE * silent, IDLE * took, POLLS[0]), POLLS[1])
+    time.sleep(min(wait, max(0.0, left)))
 
 
 def _collect(grid: Grid, names: list[str], here: dict[str, Message]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from server.admission import Dropped, Place, Update, admit
 from server.algorithm import Algorithm, TooFew
+from server.buffered import Buffered, rebased
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
 from server.corrections import weight_of_all, with_own_rounds
@@ -37,6 +38,7 @@ from shared.training import pick_device
 from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names
 
 Arrays = dict[str, Tensor]
+Records = Mapping[str, Mapping[str, Tensor]]
 
 
 class RunFailed(Exception):
@@ -80,6 +82,7 @@ class Run:
         self.algorithm = Algorithm(job, trained_names(self.model, job))
         self.asked: Counter[str] = Counter()  # how often each site was asked to train
         self.line = Line(job)
+        self.buffered = Buffered(grid, self.line, job)
         self.central = Central.of(job, exchanged_names(self.model, job)) if job.privacy.dp == "central" else None
         self.device = pick_device(job)
         self.template: Sums = self.task.collect(self.model, Dataset.of(()), job, torch.device("cpu"))
@@ -118,7 +121,7 @@ class Run:
             self.reference = train_reference(self.grid, job, self.folder, self.store.store)
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
-            self.line = Line(job, done, self.resumed.held.pop(LATE, {}))
+            self.line = self.buffered.line = Line(job, done, self.resumed.held.pop(LATE, {}))
             self.algorithm.held.update(self.resumed.held)
             self.asked.update(self.resumed.more.get("asked", {}))
             if self.central is not None:
@@ -137,6 +140,7 @@ class Run:
             more = {"class_weights": weights, "central": central, "asked": dict(self.asked)}
             state = State(number, arrays, self.best, more, self.algorithm.held | self.line.held())
             self.checkpoint.save(state, self._facts(number))
+        self.buffered.forget()
         return arrays
 
     def _keep_best(self, number: int, arrays: Arrays, metrics: dict[str, Estimate]) -> None:
@@ -244,7 +248,7 @@ class Run:
         self.line.took.clear()
         trained: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
-        places = self.sample(number)
+        places = self.buffered.idle(self.sample(number))
         self.asked.update(place.name for place in places)
         self.algorithm.everyone = weight_of_all(self.places, self.job)
         config = self._config(number, **{"class-weights": list(map(float, class_weights))})
@@ -254,6 +258,15 @@ class Run:
         if self.job.privacy.secure_aggregation:
             return self._secure_round(places, arrays, config, started)
 
+        def accepted(place: Place, reply: Message | None, sent: Arrays, beside: Records, **facts: int) -> Update | None:
+            try:
+                update = admit(reply, sent, self.job, place.images["train"], beside)
+            except Dropped as reason:
+                dropped.append({"site": place.name, "reason": str(reason)})
+                return None
+            trained.append({"site": place.name, **update.told(self.parts), **facts})
+            return update
+
         def admitted(places: list[Place], sent: Arrays) -> Iterator[tuple[float, Arrays]]:
             content = RecordDict({"arrays": ArrayRecord(sent), "config": config})
             beside = self.algorithm.outgoing(sent)
@@ -261,14 +274,20 @@ class Run:
                 content[name] = ArrayRecord(record)
             own = with_own_rounds(self.line.addressed(content, sent, number - 1), self.algorithm.correction)
             for place, reply in self._exchange(MessageType.TRAIN, own, places, number):
-                try:
-                    update: Update = admit(reply, sent, self.job, place.images["train"], beside)
-                except Dropped as reason:
-                    dropped.append({"site": place.name, "reason": str(reason)})
-                    continue
-                trained.append({"site": place.name, **update.told(self.parts)})
-                yield self.algorithm.take(update, place.name, number, sent)
+                if update := accepted(place, reply, sent, beside):
+                    yield self.algorithm.take(update, place.name, number, sent)
                 del update, reply  # the next one needs the room
+
+        def as_they_come() -> Iterator[tuple[float, Arrays]]:
+            content = RecordDict({"arrays": ArrayRecord(arrays), "config": config})
+            for asked, reply in self.buffered.replies(places, content, arrays, number):
+                behind = number - asked.number
+                if update := accepted(asked.place, reply, asked.arrays, {}, behind=behind):
+                    weight, own = self.algorithm.take(update, asked.place.name, number, asked.arrays)
+                    share = (1.0 + behind) ** -self.job.federation.staleness
+                    yield weight, rebased(own, asked.arrays, arrays, share, self.algorithm.trained)
+                    if len(trained) == self.job.federation.buffer:
+                        return
 
         noised = {}
         try:
@@ -278,6 +297,8 @@ class Run:
                 noised = {"central": self.central.facts()}
             elif self.job.federation.order == "cyclic":
                 merged = self.algorithm.step(arrays, pass_on(admitted, places, arrays, number), number)
+            elif self.job.federation.order == "buffered":
+                merged = self.algorithm.merge(as_they_come(), arrays, number)
             else:
                 merged = self.algorithm.merge(admitted(places, arrays), arrays, number)
         except TooFew:

@@ -113,19 +113,20 @@ class Line:
         came: list[float] = []
         answers = replies(grid, messages, self.job.federation.round_timeout, came)
         for place, message, reply in zip(places, messages, answers, strict=True):
-            self._weigh(place, message, reply)
+            self.weigh(place, message, reply)
             self.took[place.name] = self.took.get(place.name, 0.0) + came[-1]
             if isinstance(content, Addressed):
                 if _lost(reply):
                     self.has.pop(place.name, None)
                     message = Message(content.whole, place.node, kind, group_id=str(round_))
                     reply = next(replies(grid, [message], self.job.federation.round_timeout))
-                    self._weigh(place, message, reply)
+                    self.weigh(place, message, reply)
                 if _worked(reply):
                     self.has[place.name] = content.version
             yield place, reply
 
-    def _weigh(self, place: Place, message: Message, reply: Message | None) -> None:
+    def weigh(self, place: Place, message: Message, reply: Message | None) -> None:
+        """Count the bytes of a question and its answer."""
         down, up = self.moved.get(place.name, (0, 0))
         self.moved[place.name] = down + array_bytes(message), up + array_bytes(reply)
 

@@ -52,6 +52,7 @@ PAIRS = (
     Pair(_SECURE, _is(True), _AGGREGATOR, _SUMMED, _HIDDEN),
     Pair(_SECURE, _is(True), _DP, ("none", "local", "distributed"), _HIDDEN),
     Pair(_SECURE, _is(True), _WEIGHTING, _BY_SIZE, _HIDDEN),
+    Pair(_ORDER, _is("buffered"), _SECURE, (False,), "masks cancel only where all answer one model in one round"),
     Pair(_SECURE, _is(True), _ORDER, ("parallel",), "this shows each site's model to the next one"),
     Pair(_SECURE, _is(True), _CODEC, ("none",), "under masks, changes with scales of their own do not add up"),
     Pair(
@@ -98,6 +99,11 @@ PAIRS = (
         _ORDER, _is("cyclic"), _CORRECTION, ("none", "proximal"),
         "where the model goes from site to site there is no mean of changes to correct",
     ),
+    Pair(_ORDER, _is("buffered"), _CODEC, ("none",), "a site that is behind has another model than the one changed"),
+    Pair(
+        _ORDER, _is("buffered"), _CORRECTION, ("none", "proximal"),
+        "what corrects counts on replies to one model",
+    ),
     Pair(_OPTIMIZER, _is("none"), "federation.server_learning_rate", (0.0,), _AS_IT_IS),
     Pair(_OPTIMIZER, _is("none"), "federation.server_schedule", ("constant",), _AS_IT_IS),
     Pair(_EPOCHS, _is_not(0.0), "train.local_steps", (1,), "both say how long a site trains; set one of them"),
@@ -131,7 +137,7 @@ PAIRS = (
 
 
 def check_pairs(job: Job) -> None:
-    """Raise UserError for the first pair of ``PAIRS`` that the job breaks."""
+    """Raise UserError for the first pair of ``PAIRS`` that the job breaks, or for a buffer that is too small."""
     flat = job.flat()
     for pair in PAIRS:
         value, other = flat[pair.key], flat[pair.other]
@@ -141,6 +147,12 @@ def check_pairs(job: Job) -> None:
                 f"{pair.other} = {_quoted(other)}: does not go with {pair.key} = {_quoted(value)}: "
                 f"{pair.why}; use {allowed}"
             )
+    asked, wanted = job.federation, max(job.federation.min_sites, fewest(job))
+    if asked.order == "buffered" and asked.buffer < wanted:
+        raise UserError(
+            f"federation.buffer = {asked.buffer}: a round ends with so many replies, and federation.min_sites or "
+            f"federation.aggregator needs {wanted}; use {wanted} or more"
+        )
 
 
 def fewest(job: Job) -> int:

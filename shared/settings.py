@@ -218,8 +218,13 @@ class Federation:
     )
     order: str = knob(
         "parallel",
-        "parallel: sites train side by side and are averaged; cyclic: the model goes from site to site",
-        choices=("parallel", "cyclic"),
+        "parallel: sites train side by side and are averaged; cyclic: the model goes from site to site; "
+        "buffered: as parallel, but a round ends with federation.buffer replies, and late ones count later",
+        choices=("parallel", "cyclic", "buffered"),
+    )
+    buffer: int = knob(2, "buffered: replies with which a round ends", low=1, high=100_000)
+    staleness: float = knob(
+        0.5, "buffered: a change that is s rounds behind counts by 1 / (1 + s) to this power", low=0.0, high=10.0
     )
     sampling: str = knob(
         "balanced",

@@ -98,6 +98,7 @@ STRATEGIES: dict[str, dict[str, Value]] = {
     "bulyan": {"federation.aggregator": "bulyan"},
     "qffl": {"federation.weighting": "loss"},
     "cyclic": {"federation.order": "cyclic"},
+    "fedbuff": {"federation.order": "buffered"},  # Nguyen et al. 2022
     "fedprox": {"federation.correction": "proximal"},  # Li et al. 2020
     "scaffold": {"federation.correction": "scaffold"},  # Karimireddy et al. 2020
     "fednova": {"federation.correction": "fednova"},  # Wang et al. 2020

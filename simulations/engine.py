@@ -12,7 +12,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,16 @@ class LocalGrid(Grid):
         """The replies that are there by now."""
         done = [name for name in message_ids if name in self._pending and self._pending[name][1].done()]
         return [self._reply(*self._pending.pop(name), timeout=None) for name in done]
+
+    def wait_any(self, message_ids: Sequence[str], timeout: float) -> None:
+        """Return as soon as ``pull_messages`` would give something, or after ``timeout`` seconds."""
+        wait([self._pending[name][1] for name in message_ids if name in self._pending], timeout, FIRST_COMPLETED)
+
+    def forget(self, message_ids: Sequence[str]) -> None:
+        """Nobody asks for these replies: those whose work has not begun are not worked on."""
+        for name in message_ids:
+            if name in self._pending:
+                self._pool.abandon(self._pending.pop(name)[1])
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Yield the replies in the order of the messages.
