@@ -175,6 +175,29 @@ def test_a_site_is_killed_and_joins_again(live: Live, job: Path) -> None:
     assert "site-gone" in (live.folder(name) / "report.html").read_text()
 
 
+def test_a_site_that_stands_still_holds_nobody_up(live: Live, job: Path) -> None:
+    """Buffered rounds: they go on without it, and what it did counts in the round in which it comes."""
+    name = live.submit(job, "federation.strategy=fedbuff", "federation.rounds=14", "evaluation.every=14")
+    until(lambda: live.events(name, "round"), 120, "the first round")
+    site = psutil.Process(live.processes["c"].pid)
+    family = [site, *site.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    try:
+        seen = len(live.events(name, "round"))
+        until(lambda: len(live.events(name, "round")) >= seen + 5, 120, "five rounds without it")
+    finally:
+        for process in reversed(family):
+            process.resume()
+    live.follow(name)
+    rounds = live.events(name, "round")
+    assert len(rounds) == 14
+    assert all(event["dropped"] == [] for event in rounds)
+    behind = {row["site"]: row["behind"] for event in rounds for row in event["trained"] if row["behind"] >= 3}
+    assert set(behind) == {"c"}
+    stored(live.folder(name))
+
+
 def test_no_text_of_a_site_reaches_the_server(live: Live, job: Path) -> None:
     table = live.sites["c"] / "labels.csv"
     before = table.read_text()
