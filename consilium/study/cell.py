@@ -82,7 +82,7 @@ class _Reporter:
                 self.rounds.setdefault(name, 0)
             elif event["event"] == "round":
                 self.rounds[name] = int(event["round"])
-            elif event["event"] == "evaluation" and name in ("federated", "pooled"):
+            elif event["event"] == "evaluation" and event["split"] == "val" and name in ("federated", "pooled"):
                 row = event["metrics"].get(self.cell.job.best_metric) or {}
                 self.score = row.get("value", self.score)
             if not self.rounds or time.monotonic() - self.said < PAUSE:
