@@ -12,7 +12,7 @@ import torch
 from flwr.app import MetricRecord
 
 from client.egress_base import Asked, Refused
-from client.subgroups import least_of, tells
+from client.policy import least_of, tells
 from client.workspace import open_model
 from shared.config import Job
 from shared.imaging.dataset import Dataset

@@ -33,6 +33,7 @@ from shared.sitefile import PRIVACY
 from shared.tasks import TASKS
 
 USUAL_DELTA = 1e-5
+LEAST = 5  # images of a group, and of a class in it, whatever privacy.min_cell says: a group is a few patients
 
 
 @dataclass(frozen=True)
@@ -188,3 +189,13 @@ def _rules(policy: Policy, job: Job, patients: int) -> Sequence[tuple[str, bool,
             "require_secure_aggregation, but the job has privacy.secure_aggregation = false",
         ),
     )
+
+
+def tells(policy: Policy, dimension: str) -> bool:
+    """Whether figures by this dimension of patients (sex, age, scanner …) may leave."""
+    return dimension in policy.subgroups or policy.subgroups == ("all",)
+
+
+def least_of(policy: Policy) -> int:
+    """Images of the smallest group of patients that is told of."""
+    return max(policy.min_cell, LEAST)

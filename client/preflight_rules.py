@@ -14,9 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
 
 from client.check import Report
-from client.policy import Policy, read_policy, require
+from client.policy import Policy, least_of, read_policy, require, tells
 from client.preflight import Finding, attention, ok, spoken, stop
-from client.subgroups import least_of, tells
 from shared.config import Job, read_toml
 from shared.errors import CODES, SiteRefusal
 from shared.subgroups import parse_subgroups

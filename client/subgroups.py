@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from client.counts import is_small
-from client.policy import Policy
+from client.policy import Policy, least_of, tells
 from client.workspace import Workspace
 from shared.config import Job
 from shared.errors import SiteRefusal
@@ -26,18 +26,7 @@ from shared.samples import CASES, read_rows
 from shared.sitefile import read_site
 from shared.subgroups import groups_of, parse_subgroups
 
-LEAST = 5  # images of a group, and of a class in it, whatever privacy.min_cell says: a group is a few patients
 Groups = dict[str, list[int]]  # rows of a data set, by the key of the group
-
-
-def tells(policy: Policy, dimension: str) -> bool:
-    """Whether the site's rules let figures by this dimension out."""
-    return dimension in policy.subgroups or policy.subgroups == ("all",)
-
-
-def least_of(policy: Policy) -> int:
-    """The smallest group that is told of."""
-    return max(policy.min_cell, LEAST)
 
 
 def told_groups(workspace: Workspace, job: Job, split: str) -> Groups:

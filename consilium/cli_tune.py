@@ -16,8 +16,9 @@ from simulations.ready import ready_job
 def tune(job: Path, data: Path, settings: tuple[str, ...]) -> None:
     """Find what suits JOB on this machine, and print the words to add to `consilium simulate`.
 
-    Measured are the largest batch that fits into memory, float32 against bfloat16, and the number of workers. The batch
-    size stays the job's, so that what is learnt does: one that does not fit is computed in parts.
+    Measured are the largest batch that fits into memory, float32 against bfloat16 where the machine computes in it, and
+    the number of workers. The batch size stays the job's, so that what is learnt does: one that does not fit is
+    computed in parts.
     """
     import tempfile
 

@@ -8,6 +8,7 @@ unlike other orders this one does not repeat to the bit.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -79,9 +80,10 @@ class Buffered:
     def _ask(self, places: Sequence[Place], content: RecordDict, arrays: Arrays, number: int) -> None:
         messages = [Message(content, place.node, MessageType.TRAIN, group_id=str(number)) for place in places]
         now = time.monotonic()
-        for name, place, message in zip(push(self.grid, messages), places, messages, strict=False):
-            if name:
-                self.at_work[name] = Asked(place, message, arrays, number, now)
+        for name, place, message in zip(push(self.grid, messages), places, messages, strict=True):
+            # What could not be sent is not waited for: it is a reply that did not come.
+            since = now if name else -math.inf
+            self.at_work[name or f"unsent to {place.name}"] = Asked(place, message, arrays, number, since)
 
     def _left(self, asked: Asked) -> float:
         """Seconds until its reply comes too late."""
@@ -89,7 +91,8 @@ class Buffered:
 
     def _answered(self, asked: Asked, reply: Message | None) -> tuple[Asked, Message | None]:
         self.line.weigh(asked.place, asked.message, reply)
-        self.line.took[asked.place.name] = time.monotonic() - asked.since
+        if math.isfinite(asked.since):
+            self.line.took[asked.place.name] = time.monotonic() - asked.since
         return asked, reply
 
 

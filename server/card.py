@@ -176,6 +176,7 @@ def _training(record: Record) -> str:
     job, own = record.job, record.scores["federated"]
     train = job.train
     each = count(train.local_steps, "gradient step")
+    precision = "bfloat16 where a site's device computes in it" if train.precision == "bfloat16" else train.precision
     if train.local_epochs:
         each = f"{train.local_epochs:g} times over its own images"
     lines = [
@@ -183,7 +184,7 @@ def _training(record: Record) -> str:
         f"{each} at each site a round, weighted by {job.federation.weighting}.",
         f"{own['gradient_steps']:,} gradient steps of {train.batch_size} {record.case}s in all; {train.optimizer}, "
         f"learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}, "
-        f"{train.precision}, seed {job.seed}.",
+        f"{precision}, seed {job.seed}.",
         f"Images: normalised by `{job.data.normalise}`, harmonised by `{job.data.harmonise}`.",
     ]
     changed = {

@@ -121,7 +121,7 @@ class Run:
             self.reference = train_reference(self.grid, job, self.folder, self.store.store)
         if self.resumed:
             arrays, weights = self.resumed.arrays, self.resumed.more["class_weights"]
-            self.line = self.buffered.line = Line(job, done, self.resumed.held.pop(LATE, {}))
+            self.line.version, self.line.late = done, self.resumed.held.pop(LATE, {})
             self.algorithm.held.update(self.resumed.held)
             self.asked.update(self.resumed.more.get("asked", {}))
             if self.central is not None:

@@ -133,6 +133,8 @@ def in_words(federation: Federation) -> str:
     """How a job's sites make one model, as a sentence begins."""
     if federation.order == "cyclic":
         how = "Training from site to site in turn"
+    elif federation.order == "buffered" and federation.aggregator == "mean":
+        how = "Buffered asynchronous federated averaging"
     elif federation.aggregator == "mean":
         how = "Federated averaging"
     else:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from client.counts import tell
 from client.egress import records
 from client.egress_sums import Asked, Refused, subgroup_sums
-from client.policy import Policy, read_policy
-from client.subgroups import LEAST, large_enough, told_groups
+from client.policy import LEAST, Policy, read_policy
+from client.subgroups import large_enough, told_groups
 from client.workspace import Workspace, open_model
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
