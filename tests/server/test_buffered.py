@@ -177,6 +177,27 @@ def test_who_does_not_answer_in_time_is_named(three_sites: Path, buffered: Job, 
     assert all(len(event["trained"]) == 2 for event in rounds)
 
 
+class Unsent(LocalGrid):
+    """The first question to site c cannot be sent."""
+
+    failed = False
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        if self.failed:
+            return super().push_messages(messages)
+        self.failed = True
+        return [*super().push_messages(messages[:-1]), ""]
+
+
+def test_a_question_that_could_not_be_sent_is_a_reply_that_did_not_come(
+    three_sites: Path, buffered: Job, tmp_path: Path
+) -> None:
+    _, rounds = federate(Unsent, real, three_sites, buffered, tmp_path / "run")
+    assert [event["dropped"] for event in rounds] == [[{"site": "c", "reason": "no-reply"}], [], [], [], [], []]
+    assert "c" in {row["site"] for event in rounds for row in event["trained"]}
+
+
 def test_statistics_are_as_the_site_has_them_and_weights_move_by_a_share() -> None:
     sent = {"w": torch.tensor([1.0, 2.0]), "bn.running_var": torch.tensor([1.0]), "n": torch.tensor(3)}
     now = {"w": torch.tensor([5.0, 5.0]), "bn.running_var": torch.tensor([9.0]), "n": torch.tensor(8)}
