@@ -25,7 +25,7 @@ class Row:
     ``value`` on all test images together with its interval; ``sites`` on each site's own, of those that have a figure.
     Where each site has a model of its own in the end, ``value`` and ``personal`` are these, ``sites`` the common one.
     ``alone``: the models of single sites, each on its own site's images, have no ``value``. ``validation`` is the
-    figure that picked the round. ``steps`` and ``examples`` are of training, over all sites; ``bytes`` the arrays that
+    figure that picked the round, ``at_sites`` that of the same round within each site, in the mean over their images. ``steps`` and ``examples`` are of training, over all sites; ``bytes`` the arrays that
     training and validation sent both ways. ``to_target`` is (rounds, bytes) until the validation figure
     reached the target.
     """
@@ -39,6 +39,7 @@ class Row:
     low: float = math.nan
     high: float = math.nan
     validation: float = math.nan
+    at_sites: float = math.nan
     sites: dict[str, float] = field(default_factory=dict)
     personal: dict[str, float] = field(default_factory=dict)
     n: int = 0
@@ -182,10 +183,21 @@ def _budget(scores: Mapping[str, Any], events: list[Event]) -> dict[str, Any]:
     }
 
 
-def _best(events: list[Event], metric: str, sign: int) -> float:
-    """The best validation figure after training began: it picked the round."""
-    values = [value for number, value, _, _ in curve(events, metric) if number and math.isfinite(value)]
-    return sign * max((sign * value for value in values), default=math.nan)
+def _best(events: list[Event], metric: str, sign: int) -> dict[str, float]:
+    """The best validation figure after training began, which picked the round; and that round's within each site."""
+    values = {number: value for number, value, _, _ in curve(events, metric) if number and math.isfinite(value)}
+    if not values:
+        return {}
+    best = max(values, key=lambda number: sign * values[number])
+    return {"validation": values[best], "at_sites": _at_sites(events, metric, best)}
+
+
+def _at_sites(events: list[Event], metric: str, number: int) -> float:
+    """The mean over the sites that have the figure, each counted by its validation images; of the pooled model none."""
+    event = next(e for e in events if e["event"] == "evaluation" and e["split"] == "val" and e["round"] == number)
+    found = {site: (figures.get(metric) or {}).get("value") for site, figures in event["sites"].items()}
+    images = {site: event["site_images"][site] for site, value in found.items() if value is not None}
+    return math.fsum(found[site] * n for site, n in images.items()) / sum(images.values()) if images else math.nan
 
 
 def _baseline_rows(one: Outcome) -> list[tuple[str, Row]]:
@@ -196,7 +208,7 @@ def _baseline_rows(one: Outcome) -> list[tuple[str, Row]]:
         events = read_events(one.run / "baselines" / "pooled")
         more = _scored(pooled, metric) | _budget(pooled, events) | {"bytes": 0}
         found.append(
-            (POOLED, Row(**facts, method=POOLED + _suffix(one), **more, validation=_best(events, metric, sign)))
+            (POOLED, Row(**facts, method=POOLED + _suffix(one), **more, **_best(events, metric, sign)))
         )
     if local := one.result.get("local"):
         own = {site: _sites(scores, metric).get(site, math.nan) for site, scores in local.items()}
@@ -228,7 +240,7 @@ def _federated_row(one: Outcome, plan: Plan, pooled: Row | None) -> Row:
         method=one.cell.method,
         **_scored(scores, metric),
         **_budget(scores, events),
-        validation=_best(events, metric, sign),
+        **_best(events, metric, sign),
         to_target=_to_target(events, metric, sign, math.nan if target is None else target),
         epsilon=float(scores.get("privacy", {}).get("epsilon", math.nan)),
         level=plan.levels[one.cell.method],

@@ -13,6 +13,7 @@ from consilium.study.collect import ALONE, POOLED, Found
 from consilium.study.compare import Spread, paired, spread
 from consilium.study.plan import TRIVIAL
 from server.wording import metric_name, number
+from shared.weights import whole
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,16 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
 
 
 def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tuple[str, str]:
-    """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen."""
-    for what, how in (("validation", "by validation"), ("value", "by the test images, for there is no validation")):
+    """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen.
+
+    Where a method leaves parts at the sites, each site is looked at by itself: scores of different models have no common
+    order, and over all sites they show who sees which classes rather than who tells them apart.
+    """
+    ways = [("validation", "by validation"), ("value", "by the test images, for there is no validation")]
+    jobs = [found.jobs[setting, method] for method in methods if (setting, method) in found.jobs]
+    if not all(map(whole, jobs)):
+        ways.insert(0, ("at_sites", "by validation within each hospital"))
+    for what, how in ways:
         values = {method: found.values(setting, method, what) for method in methods}
         most = max(map(len, values.values()))
         if most:

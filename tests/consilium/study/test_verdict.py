@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from consilium.study.collect import ALONE, POOLED, Found, Row, _to_target
+from consilium.study.collect import ALONE, POOLED, Found, Row, _best, _to_target
 from consilium.study.figures import gains_figure, methods_figure, on_front, pareto_figure
 from consilium.study.page import page
 from consilium.study.plan import TRIVIAL, Plan
 from consilium.study.tables import SITE_COLUMNS, budget_row, methods_of, result_row, sites_csv, size, study_csv
 from consilium.study.verdict import Verdict, gains, harmed, verdicts
+from shared.config import Job
 
 SEEDS = (0, 1, 2, 3)
 SETTING = "X-rays <b>"
@@ -73,6 +75,33 @@ def test_the_choice_is_by_validation_even_if_the_test_says_otherwise_and_both_ar
     assert "On the test images it is worse than second (−.030" in told(one)
     assert "which validation did not show" in told(one)
     assert "is not known: there is no single-site model" in told(one)
+
+
+def test_sites_that_keep_parts_are_compared_within_each_since_their_scores_have_no_common_order() -> None:
+    """One site sees nearly one class only: a model of its own that always says so looks skilful over all sites."""
+    case = found(
+        rows("common", wobble(0.95, 0.95), validation=0.97, at_sites=0.94),
+        rows("own", wobble(0.80, 0.80), validation=0.999, at_sites=0.90),
+    )
+    assert [one.method for one in verdicts(case)] == ["own"]  # all methods end in one model: over all images
+    jobs = {(SETTING, "common"): Job(), (SETTING, "own"): Job().replace(federation__local="norm")}
+    (one,) = verdicts(replace(case, jobs=jobs))
+    assert one.method == "common"
+    assert "common is best (by validation within each hospital, 4 seeds)" in one.lines[0]
+
+
+def test_validation_within_sites_is_of_the_best_round_and_counts_images() -> None:
+    def event(number: int, whole: float, a: float | None, b: float | None, split: str = "val") -> dict[str, Any]:
+        sites = {"a": {"auroc": {"value": a}}, "b": {"auroc": {"value": b}}}
+        facts = {"event": "evaluation", "split": split, "round": number, "sites": sites}
+        return facts | {"metrics": {"auroc": {"value": whole}}, "site_images": {"a": 30, "b": 10}}
+
+    events = [event(0, 0.99, 0.1, 0.1), event(5, 0.8, 0.7, 0.9), event(10, 0.9, 0.6, 0.8), event(10, 1.0, 0, 0, "test")]
+    assert _best(events, "auroc", 1) == pytest.approx({"validation": 0.9, "at_sites": (30 * 0.6 + 10 * 0.8) / 40})
+    assert _best(events, "auroc", -1)["at_sites"] == pytest.approx((30 * 0.7 + 10 * 0.9) / 40)
+    assert _best([event(5, 0.8, None, 0.9)], "auroc", 1)["at_sites"] == pytest.approx(0.9)  # one class only at a
+    assert math.isnan(_best([event(5, 0.8, None, None)], "auroc", 1)["at_sites"])
+    assert _best(events[:1], "auroc", 1) == {}
 
 
 def test_what_cannot_be_told_is_not_claimed() -> None:
