@@ -80,6 +80,21 @@ def one(job: Job, sites: list[Path]) -> nn.Module:
     return model
 
 
+@torch.inference_mode()
+def final_loss(job: Job, sites: list[Path], weights: dict[str, Tensor]) -> float:
+    """The mean loss of ``weights`` over all sites' images, in training mode as they were trained."""
+    model, _ = built(job)
+    model.load_state_dict(weights)
+    losses = []
+    for path in sites:
+        images, targets = images_of(path)
+        for start in range(0, len(images), 32):
+            batch = ((images[start : start + 32] - 0.5) / 0.25).to(memory_format=torch.channels_last)
+            chosen = targets[start : start + 32]
+            losses.append(loss_of(job, model, batch, chosen).item() * len(chosen))
+    return sum(losses) / sum(len(images_of(path)[0]) for path in sites)
+
+
 def _worker(job: Job, sites: list[Path], common: list[Tensor], total: list[Tensor], asked, done) -> None:  # type: ignore[no-untyped-def]
     torch.set_num_threads(1)
     model, state = built(job)

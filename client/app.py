@@ -180,7 +180,7 @@ def _train(message: Message, context: Context, job: Job, workspace: Workspace) -
     memory = Memory(workspace.home, run_name(context), job)
     put(model, common, job)
     put_home(model, job, memory, round_)
-    correction = SiteCorrection(model, job, message, memory)
+    correction = SiteCorrection(model, job, message, memory, workspace.name)
     weights: list[float] = list(config["class-weights"])  # type: ignore[arg-type]
     held = memory.load("moments", round_) if job.train.keep_optimizer else None
     began = time.monotonic()

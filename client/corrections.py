@@ -10,6 +10,7 @@ from flwr.app import Message
 from torch import Tensor, nn
 
 from client.memory import Memory
+from shared.adversary import Adversary
 from shared.config import Job
 from shared.corrections import Correction
 from shared.weights import exchanged_names, trained_names
@@ -20,12 +21,14 @@ Arrays = dict[str, Tensor]
 class SiteCorrection:
     """The correction of one site in one round; ``term`` goes into the training loop, None where the job has none."""
 
-    def __init__(self, model: nn.Module, job: Job, message: Message, memory: Memory) -> None:
+    def __init__(self, model: nn.Module, job: Job, message: Message, memory: Memory, site: str) -> None:
         """``model`` holds the weights it was sent."""
         self.job, self.kind = job, job.federation.correction
         self.heard = int(message.content["config"].get("heard", 0))  # type: ignore[arg-type]
         self.own: Arrays = {}
         self.term: Correction | None = None
+        if self.kind == "adversarial":
+            self.term = Adversary(model, job, site)
         if self.kind not in ("proximal", "scaffold", "feddyn"):
             return
         state, trained = model.state_dict(), trained_names(model, job)

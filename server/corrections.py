@@ -23,7 +23,7 @@ HEARD = "heard"  # the last round in which each site's reply was counted in
 
 
 class Plain:
-    """No correction, or one that the sites do alone (FedProx)."""
+    """No correction, or one that the sites do alone (FedProx, adversarial)."""
 
     def __init__(self, job: Job, trained: Sequence[str], held: Held) -> None:
         """``trained`` names the arrays that gradients train."""
@@ -181,6 +181,7 @@ def _moved(before: Tensor, after: Tensor, times: float) -> Tensor:
 CORRECTIONS: dict[str, type[Plain]] = {
     "none": Plain,
     "proximal": Plain,
+    "adversarial": Plain,
     "scaffold": Scaffold,
     "fednova": FedNova,
     "feddyn": FedDyn,

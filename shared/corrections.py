@@ -1,6 +1,7 @@
 """Client corrections: what is added to the gradient of each local step, so that sites do not drift apart.
 
-All of them are one linear term: the gradient g of parameter w becomes ``g + pull (w - start) + shift``.
+Those here are one linear term: the gradient g of parameter w becomes ``g + pull (w - start) + shift``. One that adds to
+the loss instead is ``shared.adversary``.
 
     proximal   pull mu to the common model: FedProx (Li et al. 2020)
     scaffold   shift by the common control variate less the site's own (Karimireddy et al. 2020, algorithm 1)
@@ -13,7 +14,8 @@ model and noised gradients, and so costs no privacy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,15 @@ class Correction:
         self.shift = {parameter: shift[name] for parameter, name in found.items()} if shift is not None else {}
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.steps: dict[nn.Parameter, int] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """What must hold while the model trains: nothing, but see ``shared.adversary``."""
+        yield
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """What is added to the loss of the batch that the model was shown last, ``progress`` (0 to 1) into the run."""
+        return None
 
     @torch.no_grad()
     def adjust(self, parameters: Sequence[nn.Parameter]) -> None:

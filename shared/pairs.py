@@ -91,6 +91,7 @@ PAIRS = (
         _CORRECTION, _is("proximal", "scaffold", "feddyn"), "privacy.gradients", ("auto", "single"),
         "hooks replace layers, and with them the weights that are corrected",
     ),
+    Pair(_CORRECTION, _is("adversarial"), _DP, ("none",), "the gradient of what tells sites apart is not noised"),
     # ------------------------------------------------------------------ order, server, codec
     Pair(_ORDER, _is("cyclic"), _AGGREGATOR, ("mean",), "it leaves nothing to merge"),
     Pair(_ORDER, _is("cyclic"), _WEIGHTING, _BY_SIZE, "a cycle weighs nobody"),
@@ -122,6 +123,12 @@ PAIRS = (
         "what a site keeps is told of round by round, to each site in another message",
     ),
     Pair(_CORRECTION, _is("feddyn"), _OPTIMIZER, ("none",), "it takes a step of its own at the server"),
+    Pair(
+        _CORRECTION, _is("adversarial"), "task", ("classification", "segmentation", "sequence"),
+        "it looks at the features that one head reads",
+    ),
+    Pair(_CORRECTION, _is("adversarial"), "model.freeze", ("none",), "it teaches what is frozen"),
+    Pair(_CORRECTION, _is("adversarial"), "train.compile", (False,), "it looks into the network while that runs"),
     Pair(
         _LOCAL, _is("norm", "head"), "task",
         ("classification", "segmentation", "detection", "sequence", "reconstruction"),

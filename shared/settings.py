@@ -244,6 +244,7 @@ class Federation:
     )
     proximal_mu: float = knob(0.01, "proximal: mu, the strength of the pull", low=0.0, high=1e4)
     feddyn_alpha: float = knob(0.1, "feddyn: alpha, the strength of the pull", low=1e-6, high=1e4)
+    align_weight: float = knob(0.1, "adversarial: how much the turned gradient counts", low=0.0, high=1e4)
     local: str = knob(
         "nothing",
         "what stays at the site; `consilium strategies` explains each",

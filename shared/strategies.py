@@ -74,6 +74,7 @@ CORRECTIONS: dict[str, str] = {
     "scaffold": "control variates say how each site drifts, which is taken off",
     "fednova": "changes are counted per step, where sites take different numbers of them",
     "feddyn": "each site's loss is bent so that all have one optimum",
+    "adversarial": "features learn to leave a discriminator no clue which site they are of (DANN)",
 }
 
 LOCAL: dict[str, str] = {
@@ -103,6 +104,7 @@ STRATEGIES: dict[str, dict[str, Value]] = {
     "scaffold": {"federation.correction": "scaffold"},  # Karimireddy et al. 2020
     "fednova": {"federation.correction": "fednova"},  # Wang et al. 2020
     "feddyn": {"federation.correction": "feddyn"},  # Acar et al. 2021
+    "dann": {"federation.correction": "adversarial"},  # Ganin et al. 2016
     "fedbn": {"federation.local": "norm"},  # Li et al. 2021
     "fedper": {"federation.local": "head"},  # Arivazhagan et al. 2019
     "ditto": {"federation.local": "ditto"},  # Li et al. 2021

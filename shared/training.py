@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -177,7 +178,7 @@ def train(
     Args:
         site: enters the seeds, so that sites draw independently.
         moments: the optimiser's state from an earlier call, or None to start afresh.
-        correction: what is added to the gradients of each step.
+        correction: what is added to the loss or the gradients of each step.
         total: steps of the whole run, over which the learning rate goes; 0 is what the job asks for of this data.
 
     Raises:
@@ -207,7 +208,7 @@ def train(
 
     seen = 0
     numbers = range(first_step, first_step + steps)
-    with tuned(device, job):
+    with tuned(device, job), correction.watching() if correction is not None else nullcontext():
         for number, shown in zip(numbers, ahead(batches, numbers, device), strict=True):
             images = sum(count for _, count in shown)
             for place, (part, group) in enumerate(zip(parts, optimizer.param_groups, strict=True)):
@@ -217,7 +218,9 @@ def train(
                 for batch, count in shown:
                     with autocast(device, job):
                         loss = task.step(model, batch, job, class_weights, part.prefix)
-                    (loss if count == images else loss * (count / images)).backward(inputs=group["params"])
+                        more = correction.penalty(number / total) if correction is not None else None
+                    whole = loss if more is None else loss + more
+                    (whole if count == images else whole * (count / images)).backward(inputs=group["params"])
                     sums[place] += loss.detach() * count  # stays on the device: no wait per step
                 if correction is not None:
                     correction.adjust(group["params"])

@@ -25,9 +25,9 @@ class Row:
     ``value`` on all test images together with its interval; ``sites`` on each site's own, of those that have a figure.
     Where each site has a model of its own in the end, ``value`` and ``personal`` are these, ``sites`` the common one.
     ``alone``: the models of single sites, each on its own site's images, have no ``value``. ``validation`` is the
-    figure that picked the round, ``at_sites`` that of the same round within each site, in the mean over their images. ``steps`` and ``examples`` are of training, over all sites; ``bytes`` the arrays that
-    training and validation sent both ways. ``to_target`` is (rounds, bytes) until the validation figure
-    reached the target.
+    figure that picked the round, ``at_sites`` that of the same round within each site, in the mean over their images.
+    ``steps`` and ``examples`` are of training, over all sites; ``bytes`` the arrays that training and validation sent
+    both ways. ``to_target`` is (rounds, bytes) until the validation figure reached the target.
     """
 
     setting: str
@@ -183,7 +183,7 @@ def _budget(scores: Mapping[str, Any], events: list[Event]) -> dict[str, Any]:
     }
 
 
-def _best(events: list[Event], metric: str, sign: int) -> dict[str, float]:
+def _best(events: list[Event], metric: str, sign: int) -> dict[str, Any]:
     """The best validation figure after training began, which picked the round; and that round's within each site."""
     values = {number: value for number, value, _, _ in curve(events, metric) if number and math.isfinite(value)}
     if not values:
@@ -207,9 +207,7 @@ def _baseline_rows(one: Outcome) -> list[tuple[str, Row]]:
     if pooled := one.result.get("pooled"):
         events = read_events(one.run / "baselines" / "pooled")
         more = _scored(pooled, metric) | _budget(pooled, events) | {"bytes": 0}
-        found.append(
-            (POOLED, Row(**facts, method=POOLED + _suffix(one), **more, **_best(events, metric, sign)))
-        )
+        found.append((POOLED, Row(**facts, method=POOLED + _suffix(one), **more, **_best(events, metric, sign))))
     if local := one.result.get("local"):
         own = {site: _sites(scores, metric).get(site, math.nan) for site, scores in local.items()}
         own = {site: value for site, value in own.items() if math.isfinite(value)}

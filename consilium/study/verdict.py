@@ -112,8 +112,8 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
 def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tuple[str, str]:
     """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen.
 
-    Where a method leaves parts at the sites, each site is looked at by itself: scores of different models have no common
-    order, and over all sites they show who sees which classes rather than who tells them apart.
+    Where a method leaves parts at the sites, each site is looked at by itself: scores of different models have no
+    common order, and over all sites they show who sees which classes rather than who tells them apart.
     """
     ways = [("validation", "by validation"), ("value", "by the test images, for there is no validation")]
     jobs = [found.jobs[setting, method] for method in methods if (setting, method) in found.jobs]

@@ -105,7 +105,7 @@ def federate(folder: Path, job: Job, sites: Sequence[Site] = SITES, takes_part: 
 def answer(content: Any, job: Job, site: Site, memory: Memory, common: dict[str, Tensor], number: int) -> Update:
     model = Point()
     model.load_state_dict(common)
-    correction = SiteCorrection(model, job, SimpleNamespace(content=content), memory)  # type: ignore[arg-type]
+    correction = SiteCorrection(model, job, SimpleNamespace(content=content), memory, "s")  # type: ignore[arg-type]
     trained = train(
         model, task_of(site), [0], job, site="s", first_step=0, steps=site.steps, class_weights=[],  # type: ignore[arg-type]
         moments=memory.load("moments", number) if job.train.keep_optimizer else None, correction=correction.term,

@@ -62,7 +62,7 @@ def gap(one: Path, other: Path) -> float:
     return max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
 
 
-@pytest.mark.parametrize("name", ["fedprox", "scaffold", "fednova", "feddyn"])
+@pytest.mark.parametrize("name", ["fedprox", "scaffold", "fednova", "feddyn", "dann"])
 def test_a_correction_trains_and_is_not_fedavg(
     name: str, pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:

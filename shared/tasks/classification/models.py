@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shared.adversary import with_discriminator
 from shared.cases import derived_seed
 from shared.composed import composed, stacked_channels
 from shared.config import Job, nearest
@@ -155,6 +156,7 @@ def build_model(job: Job) -> nn.Module:
     if job.model.freeze == "backbone":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(head_prefix(job)))
+    model = with_discriminator(model, head_prefix(job).removesuffix("."), job)
     return without_batch_norm(model, job)
 
 

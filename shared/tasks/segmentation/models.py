@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.adversary import with_discriminator
 from shared.cases import derived_seed
 from shared.composed import composed, stacked_channels
 from shared.config import Job, nearest
@@ -333,4 +334,4 @@ def build_model(job: Job) -> nn.Module:
     if job.model.freeze == "backbone":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(entry.head))
-    return model
+    return with_discriminator(model, entry.head, job)

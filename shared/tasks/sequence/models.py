@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shared.adversary import with_discriminator
 from shared.cases import derived_seed
 from shared.config import Job, nearest
 from shared.errors import UserError
@@ -220,4 +221,4 @@ def build_model(job: Job) -> nn.Module:
     if job.model.freeze == "backbone":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(entry.head + "."))
-    return model
+    return with_discriminator(model, entry.head, job)
