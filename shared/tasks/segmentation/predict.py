@@ -28,7 +28,7 @@ from shared.imaging.segments import segment_labels
 from shared.imaging.volumes import is_volume, read_stack, source_files
 from shared.samples import find_images, make_sample
 from shared.tasks.segmentation.layouts import IMAGES, MASKS, stem
-from shared.tasks.segmentation.learning import outcomes
+from shared.tasks.segmentation.learning import likeliest, outcomes
 from shared.tasks.segmentation.measures import find_objects
 from shared.tasks.segmentation.models import dimensions
 
@@ -50,7 +50,7 @@ def predict(model: nn.Module, data: Dataset, job: Job, device: torch.device) -> 
         if list(logits.shape[1:]) != size:  # the job resamples: back to where the file's pixels are
             mode = "bilinear" if len(size) == 2 else "trilinear"
             logits = interpolate(logits[None], size, mode=mode, align_corners=False)[0]
-        mask = logits.argmax(0).numpy().astype(np.int32)
+        mask = likeliest(logits).numpy().astype(np.int32)
         if job.data.masks == "instances":
             mask = find_objects(mask > 0)
         yield Prediction(mask, () if of_image is None else tuple(of_image.double().softmax(0).tolist()))

@@ -14,7 +14,7 @@ from shared.imaging.dataset import Dataset
 from shared.tasks import add_sums
 from shared.tasks.classification.metrics import summarise as summarise_labels
 from shared.tasks.segmentation.data import assemble, batch, whole_image
-from shared.tasks.segmentation.learning import class_weights, collect, outcomes, step
+from shared.tasks.segmentation.learning import class_weights, collect, likeliest, outcomes, step
 from shared.tasks.segmentation.measures import hausdorff95
 from shared.tasks.segmentation.metrics import consistent, label_job, summarise
 from shared.tasks.segmentation.models import build_model
@@ -194,3 +194,9 @@ def test_a_few_steps_find_the_classes(name: str) -> None:
     train(model, task, data, of, site="a", first_step=0, steps=100, class_weights=[1.0])
     after = summarise(collect(model, data, of, CPU), of)["dice"].value
     assert after > 0.8 > before
+
+
+@pytest.mark.parametrize("size", [(9, 7), (3, 5, 4)])
+def test_the_likeliest_class_is_argmax_and_of_equals_the_first(size: tuple[int, ...]) -> None:
+    logits = torch.randint(0, 3, (4, *size), generator=torch.Generator().manual_seed(1)).float()  # many are equal
+    assert np.array_equal(likeliest(logits).numpy(), np.argmax(logits.numpy(), 0))
