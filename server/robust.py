@@ -104,12 +104,7 @@ def geometric_median(replies: Replies, before: Arrays, job: Job) -> dict[str, Te
     with Gathered(replies, job) as gathered:
         shares = _weiszfeld(gathered.products(before), np.array(gathered.weights))
 
-        def mix(numbers: np.ndarray) -> np.ndarray:
-            same = (numbers == numbers[0]).all(axis=0)
-            mixed = shares @ numbers.astype(np.float64)
-            return np.where(same, numbers[0], mixed)  # shares add up to 1 but for rounding
-
-        return gathered.by_number(mix)
+        return gathered.by_number(lambda numbers: shares @ numbers.astype(np.float64))
 
 
 def _weiszfeld(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -134,7 +129,7 @@ def _ranked(gathered: Gathered, before: Arrays, job: Job) -> list[int]:
     own = np.diag(products)
     distances = np.maximum(own[:, None] + own - 2 * products, 0.0)
     np.fill_diagonal(distances, np.inf)
-    closest = max(len(gathered) - job.federation.byzantine - 2, 1)
+    closest = len(gathered) - job.federation.byzantine - 2
     scores = np.sort(distances, axis=1)[:, :closest].sum(axis=1)
     return sorted(range(len(gathered)), key=lambda i: (scores[i], own[i]))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from server import aggregation
 from server.aggregation import weighted_mean
 
 
@@ -81,6 +84,33 @@ def test_batchnorm_statistics_become_those_of_all_images_together() -> None:
     np.testing.assert_allclose(mean["bn.running_var"].numpy(), together.var(0), rtol=1e-12)
     assert mean["bn.num_batches_tracked"].dtype == torch.int64
     assert mean["bn.num_batches_tracked"].item() == 7
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 12_345])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_arrays_are_added_up_in_parts_to_the_same_bits(
+    more: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, number by number: so neither parts nor threads may change a bit, or leave out one."""
+    size, weights = aggregation._THREADED + more, [3.0, 1.0, 50.0]
+    replies = [torch.randn(size, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    own, sizes, helped = aggregation._add_part, [], set()
+
+    def watched(sums: np.ndarray, numbers: np.ndarray, weight: float) -> None:
+        sizes.append(numbers.size)
+        helped.add(threading.current_thread() is not threading.main_thread())
+        own(sums, numbers, weight)
+
+    monkeypatch.setattr(aggregation, "_add_part", watched)
+    monkeypatch.setattr(aggregation, "_threads", lambda: threads)
+    mean = weighted_mean((weight, {"w": reply}) for weight, reply in zip(weights, replies, strict=True))["w"]
+    total = np.zeros(size)
+    for weight, reply in zip(weights, replies, strict=True):
+        total += reply.double().numpy() * weight
+    np.testing.assert_array_equal(mean.numpy(), (total / sum(weights)).astype(np.float32))
+    assert sum(sizes) == 3 * size
+    assert len(sizes) == 3 * (threads if more >= 0 else 1)
+    assert helped == {more >= 0}
 
 
 def test_replies_are_not_changed_and_read_once() -> None:

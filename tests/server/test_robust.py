@@ -143,17 +143,70 @@ def test_the_geometric_median_is_where_scipy_finds_the_least_sum_of_distances() 
     np.testing.assert_allclose(result, best.x, atol=2e-4)
 
 
-def test_krum_takes_the_reply_that_brute_force_takes() -> None:
-    for seed in range(20):
-        models = replies(seed, 7)
-        points = [flat(model) for model in models]
-        scores = []
-        for point in points:
-            others = sorted(float(((point - other) ** 2).sum()) for other in points if other is not point)
-            scores.append(sum(others[: 7 - 2 - 2]))
-        result = merged("krum", models, job(aggregator="krum", byzantine=2))
-        best = models[int(np.argmin(scores))]
-        assert all(torch.equal(result[key], best[key]) for key in best)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), weights=st.lists(st.integers(1, 50), min_size=3, max_size=6), far=st.floats(0, 30))
+def test_the_geometric_median_of_points_in_the_plane_is_scipys(seed: int, weights: list[int], far: float) -> None:
+    points = np.random.default_rng(seed).normal(size=(len(weights), 2))
+    points[0] += far
+    result = merged("geometric_median", [{"w": torch.from_numpy(p)} for p in points], weights=list(map(float, weights)))
+
+    def cost(x: np.ndarray) -> float:
+        return float(np.array(weights) @ np.linalg.norm(points - x, axis=1))
+
+    # Where the median is one of the points the cost has a kink, and a search without gradients comes near only.
+    best = min(minimize(cost, start, method="Nelder-Mead", tol=1e-9).fun for start in (points.mean(0), *points))
+    assert cost(result["w"].numpy()) <= best * (1 + 1e-6)
+
+
+def ranked(points: list[np.ndarray], bad: int) -> list[int]:
+    """Krum's order by brute force; of equals (each other's nearest) the smaller change first."""
+    scores = []
+    for point in points:
+        others = sorted(float(((point - other) ** 2).sum()) for other in points if other is not point)
+        scores.append(sum(others[: len(points) - bad - 2]))
+    return sorted(range(len(points)), key=lambda i: (scores[i], (points[i] ** 2).sum()))
+
+
+crowds = st.tuples(st.integers(0, 2), st.integers(0, 4))  # bad sites, and how many more there are than must be
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), crowd=crowds, scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_krum_takes_the_reply_that_brute_force_takes(seed: int, crowd: tuple[int, int], scale: float) -> None:
+    bad, more = crowd
+    models = replies(seed, 2 * bad + 3 + more, scale)
+    result = merged("krum", models, job(aggregator="krum", byzantine=bad))
+    best = models[ranked([flat(model) for model in models], bad)[0]]
+    assert all(torch.equal(result[key], best[key]) for key in best)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), crowd=crowds, selected=st.integers(0, 3))
+def test_multikrum_is_the_weighted_mean_of_the_first_by_brute_force(
+    seed: int, crowd: tuple[int, int], selected: int
+) -> None:
+    bad, more = crowd
+    models = replies(seed, 2 * bad + 3 + more)
+    weights = [float(3 + 2 * i) for i in range(len(models))]
+    asked = job(aggregator="multikrum", byzantine=bad, selected=selected)
+    result = merged("multikrum", models, asked, weights)
+    first = ranked([flat(model) for model in models], bad)[: selected or len(models) - bad - 2]
+    expected = np.average([models[i]["conv.weight"].double().numpy() for i in first], 0, [weights[i] for i in first])
+    np.testing.assert_allclose(result["conv.weight"].numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), crowd=crowds, scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_bulyan_is_the_mean_next_to_the_median_by_brute_force(seed: int, crowd: tuple[int, int], scale: float) -> None:
+    bad, more = crowd
+    models = replies(seed, 4 * bad + 3 + more, scale)
+    result = merged("bulyan", models, job(aggregator="bulyan", byzantine=bad))
+    chosen = ranked([flat(model) for model in models], bad)[: len(models) - 2 * bad]
+    for name in ("conv.weight", "bn.running_mean"):
+        values = np.stack([models[i][name].double().numpy() for i in chosen])
+        away = np.abs(values - np.median(values, axis=0))
+        nearest = np.take_along_axis(values, np.argsort(away, axis=0)[: len(models) - 4 * bad], axis=0)
+        np.testing.assert_allclose(result[name].numpy(), nearest.mean(0), rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_multikrum_of_all_replies_is_the_mean() -> None:
