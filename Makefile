@@ -21,8 +21,9 @@ demo: $(VENV)/demo
 	$(BIN)/consilium cohort make demo/cohort --sites 3 --patients 240 --seed 0
 	$(BIN)/consilium simulate simulations/jobs/chest.toml --data demo/cohort --baselines --out demo/run
 
+# All but the tests that are marked slow; CI has these too, and counts the lines that ran: see .ci/run.
 test: $(VENV)/test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
