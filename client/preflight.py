@@ -6,6 +6,7 @@ the images. Nothing is sent but one TLS handshake (two if the first fails) and o
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
@@ -48,16 +49,14 @@ class Finding(NamedTuple):
     def lines(self) -> list[str]:
         """As text: the level as a word first, so that it reads without colour."""
         indent = " " * 12
-        head = f"{WORDS[self.level]:<11} {self.title}: {self.words}"
-        shown = textwrap.wrap(head, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        todo = f"{indent}To do: {self.todo}"
-        return shown + (
-            textwrap.wrap(
-                todo, WIDTH, subsequent_indent=f"{indent}       ", break_long_words=False, break_on_hyphens=False
-            )
-            if self.todo
-            else []
-        )
+        shown = _wrapped(f"{WORDS[self.level]:<11} {self.title}: {self.words}", indent)
+        return shown + (_wrapped(f"{indent}To do: {self.todo}", f"{indent}       ") if self.todo else [])
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    """Lines as wide as the terminal, or as ``WIDTH``; paths and commands stay whole, to be copied."""
+    width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def spoken(digest: bytes) -> str:

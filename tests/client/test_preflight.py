@@ -236,6 +236,16 @@ def test_rules_that_are_not_said_are_named_with_what_they_let_pass(tmp_path: Pat
             assert privacy(rules(tmp_path, less), connected=True).level is ATTENTION, name
 
 
+@pytest.mark.parametrize("columns", [60, 80, 300])
+def test_lines_fit_the_terminal_and_what_is_copied_stays_whole(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = Finding(Level.STOP, "key", "word " * 60, "run consilium/" + "x" * 50 + " and " + "more " * 40).lines()
+    assert max(map(len, lines)) <= max(min(columns, 118), 19 + 64)
+    assert sum(len(line) > columns for line in lines) <= 1
+    assert any("consilium/" + "x" * 50 in line for line in lines)
+    assert " ".join(" ".join(lines).split()).count("word") == 60
+
+
 def test_a_wrong_rule_is_a_wrong_question(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="require_dp"):
         privacy(rules(tmp_path, "[privacy]\nrequire_dp = true\n"), connected=True)
