@@ -6,8 +6,6 @@ the images. Nothing is sent but one TLS handshake (two if the first fails) and o
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import NamedTuple
 
 from client.check import Report
 from shared.config import Job
+from shared.terminal import wrapped
 
 
 class Level(IntEnum):
@@ -27,7 +26,6 @@ class Level(IntEnum):
 
 WORDS = {Level.OK: "OK", Level.ATTENTION: "ATTENTION", Level.STOP: "STOP"}
 COLOURS = {Level.OK: "green", Level.ATTENTION: "yellow", Level.STOP: "red"}
-WIDTH = 118
 
 
 class Finding(NamedTuple):
@@ -49,14 +47,8 @@ class Finding(NamedTuple):
     def lines(self) -> list[str]:
         """As text: the level as a word first, so that it reads without colour."""
         indent = " " * 12
-        shown = _wrapped(f"{WORDS[self.level]:<11} {self.title}: {self.words}", indent)
-        return shown + (_wrapped(f"{indent}To do: {self.todo}", f"{indent}       ") if self.todo else [])
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    """Lines as wide as the terminal, or as ``WIDTH``; paths and commands stay whole, to be copied."""
-    width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
-    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        shown = wrapped(f"{WORDS[self.level]:<11} {self.title}: {self.words}", indent)
+        return shown + (wrapped(f"{indent}To do: {self.todo}", f"{indent}       ") if self.todo else [])
 
 
 def spoken(digest: bytes) -> str:

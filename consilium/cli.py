@@ -22,6 +22,7 @@ from consilium.cli_trained import audit, explain, generate, predict
 from consilium.cli_tune import tune
 from shared import __version__
 from shared.errors import UserError
+from shared.terminal import wrapped
 from simulations.ready import ready_job, ready_jobs
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -127,7 +128,7 @@ def job(job: Path | None, settings: tuple[str, ...], keys: bool, ready: bool) ->
     """Print JOB resolved, every setting with its value, and the hash that stands in every result of it."""
     if ready:
         for name, purpose in ready_jobs().items():
-            click.echo(f"{name}\n    {purpose}")
+            click.echo("\n".join([name, *wrapped(f"    {purpose}", "    ")]))
         return
     from shared.config import Job, job_from_flat, knobs, load_job, parse_override
 
@@ -135,7 +136,11 @@ def job(job: Path | None, settings: tuple[str, ...], keys: bool, ready: bool) ->
         for key, item in knobs().items():
             meta = item.metadata
             allowed = f" ({' | '.join(meta['choices'])})" if meta["choices"] else ""
-            click.echo(f"{key} = {item.default!r}{allowed}\n    {meta['help']}")
+            lines = [
+                *wrapped(f"{key} = {item.default!r}{allowed}", "        "),
+                *wrapped(f"    {meta['help']}", "    "),
+            ]
+            click.echo("\n".join(lines))
         return
     loaded = load_job(job, settings) if job else job_from_flat(Job().flat() | dict(map(parse_override, settings)))
     click.echo(loaded.toml().rstrip())

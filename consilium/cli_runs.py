@@ -21,22 +21,28 @@ def runs() -> None:
 
 
 @runs.command("list")
-@click.argument("folder", type=Path, default=Path("runs"))
+@click.argument("folder", type=Path, required=False)
 @click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)
 @click.option("--sort", default="-started", help="A column to sort by, with - from the largest.  [default: -started]")
 @click.option("--search", default="", help="Only runs whose name or folder contains this.")
 @click.option("--limit", type=click.IntRange(1), default=50, help="At most so many.  [default: 50]")
 @click.option("--all", "everything", is_flag=True, help="Baselines and reference networks too.")
-def runs_list(folder: Path, store: str, sort: str, search: str, limit: int, everything: bool) -> None:
-    """List the runs in FOLDER: that of the run folders, a run folder, or that of a federation.  [default: runs]"""
+def runs_list(folder: Path | None, store: str, sort: str, search: str, limit: int, everything: bool) -> None:
+    """List the runs in FOLDER: that of the run folders, a run folder, or that of a federation.  [default: runs; with
+    --store, what the store holds]"""
+    from server.database.engine import open_database
     from server.database.mirror import bring_in, open_store
     from server.database.read import runs as listed
 
-    db = open_store(folder, store)
-    try:
-        bring_in(db, folder)
-    except UserError as error:
-        click.echo(f"consilium: {error}; what was in it before:", err=True)
+    if folder is None and store:
+        db = open_database(store, create=False)
+    else:
+        folder = folder or Path("runs")
+        db = open_store(folder, store)
+        try:
+            bring_in(db, folder)
+        except UserError as error:
+            click.echo(f"consilium: {error}; what was in it before:", err=True)
     kinds = ["federated", *(["pooled", "local", "reference"] if everything else [])]
     rows, total = listed(db, limit=limit, sort=sort, filter={"kind": kinds, "search": search})
     for row in rows:

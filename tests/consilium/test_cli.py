@@ -155,6 +155,13 @@ def test_job_prints_every_setting_and_a_hash_that_follows_the_content(job_file: 
     assert tiny_job.sha256 not in changed
 
 
+@pytest.mark.parametrize("command", [["strategies"], ["job", "--ready"], ["job", "--keys"]])
+def test_lists_are_as_wide_as_the_terminal(command: list[str]) -> None:
+    narrow, wide = (consilium(*command, COLUMNS=str(columns)).stdout for columns in (60, 400))
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert narrow.split() == wide.split()
+
+
 def test_every_shipped_job_is_valid(root: Path) -> None:
     jobs = sorted((root / "simulations" / "jobs").glob("*.toml"))
     assert len(jobs) >= 3

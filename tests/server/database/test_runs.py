@@ -270,6 +270,7 @@ def test_the_commands(simulated: Path, tmp_path: Path) -> None:
     listed = consilium("runs", "list", str(simulated))
     assert re.search(r"run  told <once>: finished 4/4 rounds, 3 sites, best auroc 0\.\d+ in \d, test 0\.\d+", listed)
     assert consilium("runs", "list", str(simulated), "--all").count("\n") == 5
+    assert consilium("runs", "list", "--store", str(simulated / "consilium.sqlite")) == listed  # from any folder
     other = tmp_path / "other.sqlite"
     assert consilium("runs", "import", str(simulated), "--store", str(other)).count("brought up to date") == 5
     assert consilium("runs", "import", str(simulated), "--store", str(other)) == "nothing new\n"
