@@ -121,8 +121,9 @@ def _plan(content: Mapping[str, Any], path: Path, data: Path | None, quick: bool
         own.append((Cell(FEDERATED, place.name, method.name, seed, job, place.data), key))
     cells = {key: _called(cell, cells.values()) for key, cell in cells.items()}
     every = [*cells.values(), *(replace(cell, baseline=cells[key].id) for cell, key in own)]
-    # The longest first: as many models as there are sites and one more.
-    every.sort(key=lambda cell: (BASELINES, TRIVIAL, FEDERATED).index(cell.kind))
+    # Seed by seed, so that a study that is broken off has whole ones; in each the longest first, the baselines, which
+    # are as many models as there are sites and one more.
+    every.sort(key=lambda cell: (seeds.index(cell.seed), (BASELINES, TRIVIAL, FEDERATED).index(cell.kind)))
     names = tuple(place.name for place in places)
     number = None if target is None else float(target)
     return Plan(name, names, tuple(method.name for method in methods), levels, seeds, number, tuple(every))

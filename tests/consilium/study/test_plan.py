@@ -50,6 +50,9 @@ def test_every_combination_is_a_cell_and_baselines_are_run_once_for_each_seed_an
         """,
     )
     assert kinds(found) == {FEDERATED: 3 * 2 * 2 * 2, BASELINES: 3 * 2, TRIVIAL: 2}
+    seeds = [cell.seed for cell in found.cells]
+    assert seeds == sorted(seeds)  # broken off, there are whole seeds, and each begins with its longest cells
+    assert [cell.kind for cell in found.cells[:3]].count(BASELINES) == 2
     assert found.settings == ("s, even", "s, uneven")
     assert found.methods == (
         "weighting examples, none",
