@@ -187,8 +187,7 @@ def train(
     if not len(data):
         raise SiteRefusal("no-training-images", "no image of this site is in the training split")
     device = pick_device(job)
-    model.to(device)
-    model.to(memory_format=memory_format(model))
+    model.to(device, memory_format=memory_format(model))  # type: ignore[call-overload]
     parts = task.parts(job)
     optimizer = make_optimizer(model, job, parts)
     if moments is not None:
