@@ -16,6 +16,7 @@ from server.admission import Dropped, Place, admit_groups, admit_sums
 from server.operating import choose, chosen_before, report
 from server.store import read_events, write_pictures
 from server.wire import Content
+from server.wording import metric_name
 from shared.intervals import Estimate
 from shared.subgroups import groups_of
 from shared.tasks import TASKS, Sums, add_sums
@@ -119,8 +120,8 @@ def kept(run: Run) -> dict[str, Any]:
     """How the round that is kept was chosen: the rule in words, what it looked at, and what it found."""
     metric = run.job.best_metric
     direction = TASKS[run.job.task].metrics[metric]
-    rule = f"{'largest' if direction > 0 else 'smallest'} {metric} over all sites’ validation images together; "
-    rule += "of equals the earlier; a round without the figure is passed over"
+    rule = f"{'largest' if direction > 0 else 'smallest'} {metric_name(metric)} over all sites’ validation images "
+    rule += "together; of equals the earlier; a round without the figure is passed over"
     considered = {
         event["round"]: event["metrics"].get(metric, {}).get("value")
         for event in read_events(run.folder)
