@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench bench-gpu docs audit clean
+.PHONY: demo test lint bench bench-gpu mutants docs audit clean
 
 # The environment, rebuilt when the project's dependencies change. The CUDA build of torch is large: minutes, once.
 $(VENV)/demo: pyproject.toml constraints.txt
@@ -37,6 +37,12 @@ bench: $(VENV)/test
 bench-gpu: $(VENV)/test
 	$(BIN)/python -m benchmarks.gpu
 
+# Changes one thing at a time in the code that must not be wrong, and says which changes no test notices; an hour or more.
+# ARGS="server.robust*" for a part; afterwards `.venv/bin/mutmut results`, `.venv/bin/mutmut show NAME`.
+mutants: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/mutmut run --max-children 2 $(ARGS)
+
 # The documentation as a site that opens without a network: site/index.html.
 docs: $(VENV)/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -49,4 +55,4 @@ audit: $(VENV)/test
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:
-	rm -rf $(VENV) demo site sbom.json
+	rm -rf $(VENV) demo site mutants sbom.json
