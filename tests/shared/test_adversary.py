@@ -71,6 +71,34 @@ def test_a_step_is_that_of_the_losses_by_hand(task_name: str, name: str, head: s
     assert found.loss == pytest.approx(loss.item() * found.images, rel=1e-4)  # the task's alone is told
 
 
+BOTH, NUMBERS, LATE = {"data.modalities": "pa,lateral"}, {"data.tabular": "age,sex"}, {"model.fusion": "late"}
+NETWORKS = [
+    (task, name, more)
+    for task, kinds in {
+        "classification": [{}, BOTH, NUMBERS, BOTH | LATE, BOTH | NUMBERS | LATE],
+        "segmentation": [{}],
+        "sequence": [{}],
+    }.items()
+    for name in load_task(task).MODELS
+    for more in kinds
+]
+
+
+@pytest.mark.parametrize(("task_name", "name", "more"), NETWORKS)
+def test_every_network_has_a_discriminator_of_what_its_head_reads(
+    task_name: str, name: str, more: dict[str, Any]
+) -> None:
+    job = job_from_flat({"task": task_name, "model.name": name, "federation.strategy": "dann"} | more)
+    task, shapes = load_task(task_name), []
+    with torch.device("meta"):  # shapes alone
+        model = task.build_model(job).train()
+        model.get_submodule(getattr(model, NAME).head).register_forward_pre_hook(
+            lambda _, given: shapes.append(given[0].shape)
+        )
+        model(*task.example(job))
+    assert [shape[1] for shape in shapes] == [getattr(model, NAME).layers[0].in_features]
+
+
 def test_nothing_of_it_is_left_on_the_network_even_if_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of("classification", "cnn", federation__correction="adversarial")
     task, model, data, weights = ready(job)

@@ -156,7 +156,7 @@ def build_model(job: Job) -> nn.Module:
     if job.model.freeze == "backbone":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(head_prefix(job)))
-    model = with_discriminator(model, head_prefix(job).removesuffix("."), job)
+    model = with_discriminator(model, f"{HEAD}.layers" if has_joint(job) else entry.head, job)
     return without_batch_norm(model, job)
 
 
