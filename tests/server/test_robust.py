@@ -143,7 +143,7 @@ def test_the_geometric_median_is_where_scipy_finds_the_least_sum_of_distances() 
     np.testing.assert_allclose(result, best.x, atol=2e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), weights=st.lists(st.integers(1, 50), min_size=3, max_size=6), far=st.floats(0, 30))
 def test_the_geometric_median_of_points_in_the_plane_is_scipys(seed: int, weights: list[int], far: float) -> None:
     points = np.random.default_rng(seed).normal(size=(len(weights), 2))
