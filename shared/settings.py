@@ -195,7 +195,7 @@ class Federation:
         "none", "what steps on the averaged change of the model", choices=tuple(SERVER_OPTIMIZERS)
     )
     server_learning_rate: float = knob(
-        0.0, "of the server's optimiser; 0 is 0.1 for momentum, 0.01 for adam, yogi, adagrad", low=0.0, high=100.0
+        0.0, "of the server's optimiser; 0: momentum 0.1, adam and yogi 0.001, adagrad 0.01", low=0.0, high=100.0
     )
     server_schedule: str = knob(
         "constant", "the server's learning rate over the whole run", choices=("constant", "cosine")

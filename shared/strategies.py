@@ -63,8 +63,8 @@ AGGREGATORS: dict[str, Aggregator] = {
 SERVER_OPTIMIZERS: dict[str, tuple[float, str]] = {
     "none": (1.0, "the aggregate is the new model"),
     "momentum": (0.1, "gradient descent with momentum; at 0.1 and momentum 0.9 as far in the long run as without"),
-    "adam": (0.01, "Adam"),
-    "yogi": (0.01, "Yogi: Adam whose second moment grows slower"),
+    "adam": (0.001, "Adam"),
+    "yogi": (0.001, "Yogi: Adam whose second moment grows slower"),
     "adagrad": (0.01, "Adagrad: steps shrink with all changes so far"),
 }
 
