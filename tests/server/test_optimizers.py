@@ -63,7 +63,7 @@ def test_half_precision_weights_keep_their_dtype(name: str) -> None:
 
 def test_the_rate_is_the_optimisers_own_the_jobs_or_a_cosine() -> None:
     assert server_rate(job(server_optimizer="momentum"), 1) == 0.1
-    assert server_rate(job(server_optimizer="yogi"), 7) == 0.01
+    assert server_rate(job(server_optimizer="yogi"), 7) == 0.001
     assert server_rate(job(server_optimizer="adam", server_learning_rate=0.3), 5) == 0.3
     cosine = job(server_optimizer="adam", server_learning_rate=0.4, server_schedule="cosine", rounds=10)
     rates = [server_rate(cosine, number) for number in range(1, 11)]
