@@ -33,7 +33,7 @@ SEEDS_NOTE = (
 )
 PERSONAL_NOTE = (
     "Methods that leave each hospital a model of its own (FedBN, Ditto …) are judged by these, each on its hospital’s "
-    "test images; validation is of the common model."
+    "test images; validation of Ditto is of the common model."
 )
 BUDGET_NOTE = (
     "Means over the seeds, over all sites together; bytes are the models sent both ways, for training and for the "
