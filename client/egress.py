@@ -220,7 +220,7 @@ KINDS: dict[str, dict[str, Check]] = {
     "evaluate.subgroups": {"metrics": subgroup_sums},
     # Secure aggregation: public keys and commitments, sealed and open shares of seeds, see shared.masking.
     "train.keys": {"keys": byte_strings(mask=32, seal=32, commitment=32)},
-    "train.shares": {"shares": byte_list("sealed", 60)},
+    "train.shares": {"shares": byte_list("sealed", 60, ("peers", "names"))},
     "train.masked": {"arrays": masked},
-    "train.unmask": {"revealed": byte_list("shares", 16)},
+    "train.unmask": {"revealed": byte_list("shares", 16, ("unmask", "senders"), more=1)},
 }

@@ -75,12 +75,16 @@ def byte_strings(**lengths: int) -> Check:
     return check
 
 
-def byte_list(name: str, length: int) -> Check:
-    """A record of one list of byte strings, each of this length or empty."""
+def byte_list(name: str, length: int, named: tuple[str, str], more: int = 0) -> Check:
+    """A record of one list of byte strings, each of this length or empty: one for each site in the list at ``named`` of
+    the message, and ``more``."""
 
     def check(record: Any, asked: Asked) -> ConfigRecord:
         if set(record) != {name} or not isinstance(record[name], list):
             raise Refused(f"{sorted(record)} instead of a list {name}")
+        sites: Any = asked.content[named[0]][named[1]]
+        if len(record[name]) > len(sites) + more:
+            raise Refused(f"{name} holds more than one for each site")
         if not all(type(value) is bytes and len(value) in (0, length) for value in record[name]):
             raise Refused(f"{name} holds what is not {length} bytes")
         return ConfigRecord({name: list(record[name])})

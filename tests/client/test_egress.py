@@ -238,13 +238,15 @@ def test_a_reply_of_a_kind_that_is_not_on_the_list_does_not_leave(reply: Reply) 
 def test_of_secure_aggregation_byte_strings_of_fixed_lengths_leave(
     kind: str, record: dict[str, Any], three_sites: Path, tiny_job: Job
 ) -> None:
-    asked = good("query", three_sites / "a", tiny_job).asked
+    told = {"peers": ConfigRecord({"names": ["a", "b", "c"]}), "unmask": ConfigRecord({"senders": ["b"]})}
+    asked = replace(good("query", three_sites / "a", tiny_job).asked, content=RecordDict(told))  # type: ignore[arg-type]
     (name,) = KINDS[kind]
     out = checked(kind, RecordDict({name: ConfigRecord(record)}), "", "a", asked)
     assert dict(out[name]) == record
     for key, value in record.items():
         longer = [*value, b"x"] if isinstance(value, list) else value + b"x"
-        for wrong in (longer, MARK, [MARK], 1):
+        one_more = [*value, value[0]] if isinstance(value, list) else [value]  # for a site that nobody told of
+        for wrong in (longer, one_more, MARK, [MARK], 1):
             with pytest.raises(Refused):
                 checked(kind, RecordDict({name: ConfigRecord(record | {key: wrong})}), "", "a", asked)
     with pytest.raises(Refused):
@@ -328,10 +330,30 @@ def test_a_masked_model_is_one_vector_as_long_as_the_model(three_sites: Path, ti
             return False
 
     assert passes(np.arange(length + 4, dtype=np.uint32))
+    assert passes(np.arange(length, dtype=np.uint32))
+    assert passes(np.arange(length + 32, dtype=np.uint32))
+    assert not passes(np.arange(length + 33, dtype=np.uint32))
     assert not passes(np.arange(length - 1, dtype=np.uint32))
     assert not passes(np.arange(2 * length, dtype=np.uint32))
     assert not passes(np.zeros(length + 4, np.float32))
     assert not passes(np.zeros((1, length + 4), np.uint32))
+
+
+def test_facts_are_the_jobs_hash_and_one_of_frozen_weights(three_sites: Path, tiny_job: Job) -> None:
+    kind, content, asked = good("query", three_sites / "a", tiny_job)
+    for frozen, passes in (
+        ("", True),
+        ("0123456789abcdef" * 4, True),
+        ("A" * 64, False),
+        ("0" * 63, False),
+        (7, False),
+    ):
+        content["facts"] = ConfigRecord({"job": tiny_job.sha256, "frozen": frozen})
+        if passes:
+            assert checked(kind, content, "", "a", asked)["facts"]["frozen"] == frozen
+        else:
+            with pytest.raises(Refused, match="no SHA-256"):
+                checked(kind, content, "", "a", asked)
 
 
 # ---------------------------------------------------------------------- through the ClientApp

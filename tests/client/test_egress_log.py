@@ -99,6 +99,24 @@ def test_dropped_last_lines_show_against_the_note_only(left: int, tmp_path: Path
     assert bool(verify(tmp_path).faults) == (left > 1)
 
 
+def test_a_note_that_cannot_be_read_is_a_fault_and_hides_none(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    (path.parent / HEAD).write_text("{}")
+    assert any(HEAD in fault and "cannot be read" in fault for fault in verify(tmp_path).faults)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], *lines[3:]]))
+    assert any("does not follow" in fault for fault in verify(tmp_path).faults)
+    with pytest.raises(BrokenLog, match="cannot be read"):
+        append(tmp_path, {"kind": "train"})
+
+
+def test_without_its_note_a_log_of_two_lines_may_have_lost_some(tmp_path: Path) -> None:
+    path = filled(tmp_path, 2)
+    (path.parent / HEAD).unlink()
+    (fault,) = verify(tmp_path).faults
+    assert fault.startswith(f"{HEAD} is missing")
+
+
 def test_nothing_is_appended_to_a_log_that_was_cut(tmp_path: Path) -> None:
     path = filled(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
