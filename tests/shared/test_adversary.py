@@ -209,6 +209,7 @@ def federated(correction: str) -> Looking:
     return model
 
 
+@pytest.mark.slow
 def test_features_tell_less_of_the_site_and_as_much_of_the_class() -> None:
     """One of two numbers is the class and one the site. Both models name the class as well as can be."""
     others = [Cases(at, seed + 10) for seed, at in enumerate(AT)]

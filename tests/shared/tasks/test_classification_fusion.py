@@ -107,6 +107,7 @@ def auroc(job: Job, label: str, n: int = 256, data: Callable[[Dataset], Dataset]
     return summarise(collect(model, data(cases(200, label, seed=1)), job, CPU), job)["auroc"].value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("fusion", ["early", "late"])
 def test_the_label_is_learnt_wherever_it_is_hidden(fusion: str, label: str) -> None:
