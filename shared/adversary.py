@@ -90,14 +90,14 @@ class Adversary(Correction):
     def _see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.features = inputs[0]
 
-    def penalty(self, progress: float) -> Tensor:
-        """The mean loss of the bits over the cases of the last batch; its gradient turns on its way to the model."""
+    def completed(self, loss: Tensor, progress: float) -> Tensor:
+        """Plus the mean loss of the bits over the cases of the batch; its gradient turns on its way to the model."""
         features, self.features = self.features, None
         assert features is not None, "no batch went through the head"
         seen = features.flatten(2).mean(2) if features.ndim > 2 else features
         turned = _Turned.apply(seen, self.weight * strength(progress))
         logits = self.discriminator.layers(turned).float()
-        return F.binary_cross_entropy_with_logits(logits, self.code.to(logits.device).expand_as(logits))
+        return loss + F.binary_cross_entropy_with_logits(logits, self.code.to(logits.device).expand_as(logits))
 
 
 class _Turned(torch.autograd.Function):

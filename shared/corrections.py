@@ -46,9 +46,10 @@ class Correction:
         """What must hold while the model trains: nothing, but see ``shared.adversary``."""
         yield
 
-    def penalty(self, progress: float) -> Tensor | None:
-        """What is added to the loss of the batch that the model was shown last, ``progress`` (0 to 1) into the run."""
-        return None
+    def completed(self, loss: Tensor, progress: float) -> Tensor:
+        """The loss of the batch that the model was shown last with what is added to it, ``progress`` (0 to 1) into the
+        run."""
+        return loss
 
     @torch.no_grad()
     def adjust(self, parameters: Sequence[nn.Parameter]) -> None:

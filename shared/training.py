@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -150,7 +149,9 @@ def set_mode(model: nn.Module, job: Job) -> None:
 
 
 def _require_enough(model: nn.Module, images: int, job: Job) -> None:
-    """Raise SiteRefusal where a layer would normalise over a batch, or a part of one, of a single image."""
+    """Raise SiteRefusal where there is no image, or a layer would normalise over a batch, or a part of one, of one."""
+    if not images:
+        raise SiteRefusal("no-training-images", "no image of this site is in the training split")
     least = min(map(len, cut(range(min(images, job.train.batch_size)), job)))
     norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     if least == 1 and any(module.training for module in norms):
@@ -184,9 +185,7 @@ def train(
     Raises:
         SiteRefusal: there is nothing to train on, or the loss is no longer finite.
     """
-    if not len(data):
-        raise SiteRefusal("no-training-images", "no image of this site is in the training split")
-    device = pick_device(job)
+    device, correction = pick_device(job), correction or Correction(model, {})
     model.to(device, memory_format=memory_format(model))  # type: ignore[call-overload]
     parts = task.parts(job)
     optimizer = make_optimizer(model, job, parts)
@@ -207,7 +206,7 @@ def train(
 
     seen = 0
     numbers = range(first_step, first_step + steps)
-    with tuned(device, job), correction.watching() if correction is not None else nullcontext():
+    with tuned(device, job), correction.watching():
         for number, shown in zip(numbers, ahead(batches, numbers, device), strict=True):
             images = sum(count for _, count in shown)
             for place, (part, group) in enumerate(zip(parts, optimizer.param_groups, strict=True)):
@@ -217,12 +216,11 @@ def train(
                 for batch, count in shown:
                     with autocast(device, job):
                         loss = task.step(model, batch, job, class_weights, part.prefix)
-                        more = correction.penalty(number / total) if correction is not None else None
-                    whole = loss if more is None else loss + more
-                    (whole if count == images else whole * (count / images)).backward(inputs=group["params"])
+                        whole = correction.completed(loss, number / total)
+                    part_of = whole if count == images else whole * (count / images)
+                    part_of.backward(inputs=group["params"])  # type: ignore[no-untyped-call]
                     sums[place] += loss.detach() * count  # stays on the device: no wait per step
-                if correction is not None:
-                    correction.adjust(group["params"])
+                correction.adjust(group["params"])
                 optimizer.step()
             seen += images
     optimizer.zero_grad(set_to_none=True)

@@ -106,7 +106,7 @@ def test_nothing_of_it_is_left_on_the_network_even_if_training_fails(monkeypatch
     term = Adversary(model, job, "s")
     train(model, task, data, job, site="s", first_step=0, steps=2, class_weights=weights, correction=term)
     assert not hooks
-    monkeypatch.setattr(Adversary, "penalty", lambda *_: (_ for _ in ()).throw(RuntimeError("on purpose")))
+    monkeypatch.setattr(Adversary, "completed", lambda *_: (_ for _ in ()).throw(RuntimeError("on purpose")))
     with pytest.raises(RuntimeError, match="on purpose"):
         train(model, task, data, job, site="s", first_step=2, steps=1, class_weights=weights, correction=term)
     assert not hooks
