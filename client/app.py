@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from client.private_round import train_on_budget
 from client.subgroups import told_groups
 from client.survey import statistics
 from client.wire import opened, packed
-from client.workspace import Workspace, find_sites, open_model, open_workspace, run_name, write_log
+from client.workspace import Workspace, find_sites, look_again, open_model, open_workspace, run_name, write_log
 from shared.config import Job, job_from_flat
 from shared.corrections import Correction
 from shared.errors import SiteRefusal, UserError
@@ -70,6 +70,8 @@ def _answer(message: Message, context: Context, answer: Answer, kind: str = "") 
     _log(context, f"came: {_request(kind, message, context)}")
     try:
         job = _job(message, context)
+        if message.metadata.message_type == MessageType.QUERY:
+            look_again(context.node_config, context.run_config)
         kind = kind_of(kind, job)
         workspace = open_workspace(context.node_config, context.run_config, job)
         whole = opened(message, context, job, workspace)

@@ -10,6 +10,7 @@ differs from the installed release. All lies in the site's own folder:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -49,7 +50,8 @@ class Bundles:
             raise SiteRefusal("bundle-refused", f"the program that the server sent is refused: {error}") from None
         if not found:
             return None
-        self._put_aside(digest, content)
+        with contextlib.suppress(OSError):  # a disk that is full makes it no less refused
+            self._put_aside(digest, content)
         raise SiteRefusal(
             "bundle-refused",
             f"the program that the server sent {_other_release(files)}differs from the one installed here in "

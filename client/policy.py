@@ -6,7 +6,7 @@ max_epsilon = 8.0                  # most that may ever be spent on these images
 max_delta = 1e-5                   # largest delta a job may use; this is the default where max_epsilon is set
 unit = "patient"                   # who must be protected: one image, or all images of a patient
 min_patients = 20                  # with fewer training patients the site takes no part
-metrics = "auroc, loss"            # figures that may be computed from what leaves; "all", or names of the job's task
+metrics = "all"                    # or the names of all that may be computed of what leaves; a job with more is refused
 subgroups = "sex, age"             # test figures may be told by these, if a job asks; "all"; "" for none
 min_cell = 5                       # no count of 1 to 4 images of a class leaves
 exact_counts = false               # the number of training images does not leave, declared_images stands for it
@@ -95,6 +95,8 @@ def _check(values: dict[str, bool | float | int | str]) -> None:
         raise UserError("privacy.exact_counts = false: say with privacy.declared_images which number stands for it")
     known = {metric for facts in TASKS.values() for metric in facts.metrics}
     words = [word.strip() for word in str(values["metrics"]).split(",") if word.strip()]
+    if not words:
+        raise wrong("metrics", '"all", or names of figures')
     if words != ["all"]:
         for word in words:
             if word not in known:

@@ -191,6 +191,12 @@ def _rules(report: Report, job: Job, policy: Policy) -> Iterator[Finding]:
             "ask the coordinator for a job that grants it; changing [privacy] is for whoever answers for the patients",
         )
         return
+    if policy.max_epsilon and not policy.require_dp:
+        yield attention(
+            "privacy budget",
+            "max_epsilon counts only jobs with differential privacy: one without it is granted, and nothing is counted",
+            "set privacy.require_dp = true, unless that is meant",
+        )
     small = [
         f"{split}: {name} {number}"
         for split in ("val", "test")

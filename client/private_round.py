@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -44,12 +45,11 @@ def train_on_budget(
     policy, data = workspace.policy, workspace.data.subset("train")
     noise = job_noise(job)
     mechanism = Mechanism(noise, job.privacy.sampling_rate, job.train.local_steps)
-    policies = {file: read_policy(file) for file in workspace.files}
-    # Without limits several files have one ledger, that of the home.
-    paths = {
-        ledger_path(file if own.max_epsilon else workspace.home / file.name): own for file, own in policies.items()
-    }
-    books = [(Ledger(path), _terms(own, job)) for path, own in paths.items()]
+    paths: dict[Path, list[Policy]] = {}
+    for file in workspace.files:  # without limits several files have one ledger, that of the home
+        own = read_policy(file)
+        paths.setdefault(ledger_path(file if own.max_epsilon else workspace.home / file.name), []).append(own)
+    books = [(Ledger(path), _terms(policies, job)) for path, policies in paths.items()]
     with ExitStack() as stack:
         taken = [
             stack.enter_context(ledger.round(run, round_, mechanism, terms, fingerprint(data.samples)))
@@ -89,5 +89,8 @@ def own_share(job: Job) -> float:
     return float(max(noisy_sites(job), 1) ** -0.5)
 
 
-def _terms(policy: Policy, job: Job) -> Terms:
-    return Terms(policy.max_delta or job.privacy.delta, policy.max_epsilon, job.privacy.unit, job.privacy.accountant)
+def _terms(policies: Sequence[Policy], job: Job) -> Terms:
+    """The strictest of the rules that share a ledger."""
+    delta = min((policy.max_delta for policy in policies if policy.max_delta), default=job.privacy.delta)
+    most = min((policy.max_epsilon for policy in policies if policy.max_epsilon), default=0.0)
+    return Terms(delta, most, job.privacy.unit, job.privacy.accountant)

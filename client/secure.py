@@ -9,7 +9,7 @@ unmask    it is told whose masked change arrived: of these it reveals shares of 
 Messages of a round may be answered by different processes: what the site must remember lies in Flower's state of the
 run, which stays here. Once it has revealed its shares, it forgets its secrets. A message asked again is answered as
 before or refused; none is answered in another order, nor a round twice, since two sums of almost the same sites would
-tell their difference.
+tell their difference. Of which round it last revealed shares is written down: a resumed run has a new state.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from client.workspace import Workspace, write_log
+from client.workspace import Workspace, run_name, write_log
 from shared.accounting import noisy_sites
 from shared.config import Job
 from shared.errors import SiteRefusal
+from shared.files import write_text
 from shared.fixedpoint import change, clip, encode
 from shared.masking import (
     SEED,
@@ -40,7 +42,7 @@ from shared.masking import (
     threshold,
     unseal,
 )
-from shared.sitefile import SITE_NAME
+from shared.sitefile import OWN_FOLDER, SITE_NAME
 from shared.tasks import load_task
 
 Train = Callable[[Message, Context, Job, Workspace], RecordDict]
@@ -123,7 +125,7 @@ def keys(message: Message, context: Context, job: Job, workspace: Workspace) -> 
     state = _load(context)
     again = state is not None and (state.job, state.round, state.stage) == (job.sha256, number, KEYS)
     if state is None or not again:
-        if number <= int(rounds.get(job.sha256, 0)):  # type: ignore[arg-type]
+        if number <= max(int(rounds.get(job.sha256, 0)), _revealed(context, job, workspace)):  # type: ignore[arg-type]
             raise SiteRefusal("wrong-round", f"round {number} is not later than those the site was in")
         state = _Round(job.sha256, number)
         state.save(context)
@@ -131,6 +133,18 @@ def keys(message: Message, context: Context, job: Job, workspace: Workspace) -> 
         context.state[ROUNDS] = rounds
     mine = {"mask": public_key(state.mask_seed), "seal": public_key(state.seal_seed)}
     return RecordDict({"keys": ConfigRecord({**mine, "commitment": commitment(state.own_seed)})})
+
+
+def _note(context: Context, job: Job, workspace: Workspace) -> Path:
+    """Where the last round is written down of which shares were revealed; beside the run's memory, which may go."""
+    return workspace.home / OWN_FOLDER / "state" / run_name(context) / f"{job.sha256[:16]}.revealed"
+
+
+def _revealed(context: Context, job: Job, workspace: Workspace) -> int:
+    try:
+        return int(_note(context, job, workspace).read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return 0
 
 
 def shares(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
@@ -243,6 +257,7 @@ def unmask(message: Message, context: Context, job: Job, workspace: Workspace) -
         state.revealed = [pair[SEED:] if name in arrived else pair[:SEED] for name, pair in pairs]
         state.arrived, state.stage = arrived, UNMASKED
         state.mask_seed = state.seal_seed = state.own_seed = state.kept = b""
+        write_text(_note(context, job, workspace), str(state.round))
         state.save(context)
     return RecordDict({"revealed": ConfigRecord({"shares": state.revealed})})
 

@@ -9,7 +9,6 @@ all, further groups are left out until the rest is either empty or large enough 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,11 +16,12 @@ from pathlib import Path
 
 from client.counts import is_small
 from client.policy import Policy, least_of, tells
-from client.workspace import Workspace
+from client.workspace import Workspace, times_looked
 from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.dataset import Dataset
 from shared.imaging.dicom import patient_words
+from shared.imaging.series import slice_files
 from shared.samples import CASES, read_rows
 from shared.sitefile import read_site
 from shared.subgroups import groups_of, parse_subgroups
@@ -37,7 +37,8 @@ def told_groups(workspace: Workspace, job: Job, split: str) -> Groups:
     if not allowed or len(workspace.files) != 1 or workspace.told[split].small:
         return found
     paths = tuple(sample.path for sample in data.samples)
-    known = _known(workspace.files[0], paths, tuple(one.name for one in allowed))
+    names = tuple(one.name for one in allowed)
+    known = _known(workspace.files[0], paths, names, times_looked(workspace.home))
     for one in allowed:
         groups: Groups = {}
         for row, words in enumerate(known):
@@ -59,8 +60,11 @@ def large_enough(groups: Mapping[str, list[int]], data: Dataset, job: Job, polic
 
 
 @lru_cache(maxsize=8)
-def _known(file: Path, paths: tuple[str, ...], names: tuple[str, ...]) -> list[dict[str, str]]:
-    """What is known of the patient of each image, by the name of the dimension; "" where nothing is."""
+def _known(file: Path, paths: tuple[str, ...], names: tuple[str, ...], looked: int) -> list[dict[str, str]]:
+    """What is known of the patient of each image, by the name of the dimension; "" where nothing is.
+
+    ``looked`` is another number where a run began since: the table may have been corrected.
+    """
     site = read_site(file)
     table = _table(file, paths)
     found = []
@@ -92,10 +96,7 @@ def _table(file: Path, paths: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def _header(path: Path) -> dict[str, str]:
-    """``sex``, ``age`` in years and ``scanner`` of a DICOM file, or of the first in a folder."""
+    """``sex``, ``age`` and ``scanner`` of a DICOM file, or of the first in a folder."""
     if path.is_dir():
-        path = next((item for item in sorted(path.iterdir()) if item.is_file()), path)
-    words = patient_words(path)
-    age = re.fullmatch(r"(\d{1,3})([DWMY])", words.get("age", ""))
-    years = int(age[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[age[2]] if age else None
-    return words | {"age": "" if years is None else f"{years:g}"}
+        path = next(iter(slice_files(path)), path)
+    return patient_words(path)

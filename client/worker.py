@@ -174,6 +174,8 @@ def answer(message: Message, context: Context, bundle: bytes, site_file: Path) -
         folder = Bundles(site_file.parent).admit(bundle)
     except SiteRefusal as refusal:
         return decline(message, context, refusal)
+    except Exception as problem:  # a disk that is full, a damaged list of what was approved
+        return decline(message, context, SiteRefusal("bundle-refused", f"cannot be looked at: {problem!r}"))
     try:
         return app(message, context) if folder is None else _apart(folder, message, context)
     except Exception as problem:  # ``app`` answers its own failures: what comes here is a kind of message it has not

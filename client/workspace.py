@@ -6,6 +6,7 @@ What is costly is kept in this process for the next message: the opened data set
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,11 +80,26 @@ def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) ->
     """
     name, home, files = find_sites(node, run)
     stamps = tuple((str(file), file.stat().st_mtime_ns if file.exists() else 0) for file in files)
-    return Workspace(name, home, *_open_data(stamps, str(home), job), tuple(files))
+    return Workspace(name, home, *_open_data(stamps, str(home), job, times_looked(home)), tuple(files))
+
+
+def look_again(node: dict[str, Scalar], run: dict[str, Scalar]) -> None:
+    """From now on look at the node's tables and files anew, as a run begins: a patient may have been taken out."""
+    _looked[str(find_sites(node, run)[1])] += 1
+
+
+def times_looked(home: Path) -> int:
+    """How often ``look_again`` was called for the node of this home."""
+    return _looked[str(home)]
+
+
+_looked: Counter[str] = Counter()
 
 
 @lru_cache(maxsize=256)
-def _open_data(files: tuple[tuple[str, int], ...], home: str, job: Job) -> tuple[Dataset, Policy, dict[str, Told]]:
+def _open_data(
+    files: tuple[tuple[str, int], ...], home: str, job: Job, looked: int
+) -> tuple[Dataset, Policy, dict[str, Told]]:
     """The images of all the site files, once every one's rules grant the job; how they may be told of."""
     paths = [Path(file) for file, _ in files]
     sites = [read_site(path, Path(home)) for path in paths]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ class Runs:
         """
         config = self._submitted(name)["config"]
         with Control(self.folder) as control:
-            if not (status := self._status(control, name)).over:
+            if not (status := self._ended(control, name)).over:  # of a server that lost its runs, too
                 raise UserError(f"run {name} is still {status.state}; --stop it first, or --attach to follow it")
             if self._complete(name):
                 raise UserError(f"run {name} is complete; there is nothing to go on with")
@@ -99,7 +100,7 @@ class Runs:
                 for event in self._events(control, name):
                     if observe is not None:
                         observe("federated", event)
-                status = self._status(control, name)
+                status = self._ended(control, name)
         except KeyboardInterrupt:
             print(f"\nthe run goes on; to follow it: consilium run --federation {self.folder.path} --attach {name}")
             return 130
@@ -123,14 +124,21 @@ class Runs:
     def _complete(self, name: str) -> bool:
         return any(event["event"] == "finish" for event in read_events(self.path(name)))
 
+    def _ended(self, control: Control, name: str) -> Status:
+        """How a run ended: as the server says, or where that is away as the run wrote down."""
+        try:
+            return self._status(control, name)
+        except UserError:
+            return Status("finished", "completed" if self._complete(name) else "failed", "")
+
     def _events(self, control: Control, name: str) -> Iterator[dict[str, Any]]:
         """The run's events as they are stored, until it is over; a server that is away for a while is waited for."""
-        log, read = self.path(name) / "rounds.jsonl", 0
+        log, read, last, said = self.path(name) / "rounds.jsonl", 0, "", False
         while True:
             try:
-                over = self._status(control, name).over
-            except UserError:
-                over = False
+                over, away = self._status(control, name).over, ""
+            except UserError as error:
+                over, away = False, str(error)
             if log.exists():
                 with log.open("rb") as file:
                     file.seek(read)
@@ -138,9 +146,14 @@ class Runs:
                 read += len(whole) + 1 if whole else 0
                 for line in whole.splitlines():
                     with contextlib.suppress(json.JSONDecodeError):  # broken off, when the disk was full or at a crash
-                        yield json.loads(line)
-            if over:
+                        event = json.loads(line)
+                        last = event["event"]
+                        yield event
+            if over or (away and last in ("finish", "failed")):
                 return
+            if away and not said:
+                said = True
+                print(f"waiting: {away}", file=sys.stderr)
             time.sleep(POLL)
 
     def _conclude(self, name: str, job: Job, status: Status) -> int:

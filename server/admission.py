@@ -18,10 +18,14 @@ from torch import Tensor
 from shared.cases import SPLITS
 from shared.codecs import CHANGE, Coding, coding, decode, length
 from shared.config import Job
+from shared.fixedpoint import MOST_LOSS
 from shared.sitefile import SITE_NAME
 from shared.subgroups import group_sums, groups_of, sums_of_groups
 from shared.tasks import Sums
 from shared.weights import control_scale
+
+# What a site may tell in a sum: with any number of sites it stays within 64 bits, and a float finite when squared.
+_MOST_COUNTED, _MOST_SUMMED = 2**48, 1e100
 
 _FAILURES = {
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "site-error",
@@ -180,7 +184,7 @@ def admit(
     if job.federation.correction == "fednova" and not 0 < numbers[0] <= job.local_steps(surveyed):
         raise Dropped("bad-weight")  # there the steps weigh, too
     weight = _weight(job, float(examples), numbers[1], numbers[2])
-    return Update(weight, arrays, *numbers, _number(metrics, "epsilon"), _number(metrics, "seconds"), more)
+    return Update(weight, arrays, *numbers, _amount(metrics, "epsilon"), _amount(metrics, "seconds"), more)
 
 
 def _weight(job: Job, examples: float, seen: int, loss: float) -> float:
@@ -195,8 +199,8 @@ def _weight(job: Job, examples: float, seen: int, loss: float) -> float:
         return examples
     if not (seen and 0 < loss < math.inf):
         raise Dropped("no-loss")
-    weight: float = examples * (loss / seen) ** job.federation.fairness
-    if not 0 < weight < math.inf:
+    weight: float = examples * min(loss / seen, MOST_LOSS) ** job.federation.fairness
+    if not weight > 0:
         raise Dropped("no-loss")
     return weight
 
@@ -256,7 +260,13 @@ def _count(metrics: Mapping[str, object], key: str) -> int:
 
 def _number(metrics: Mapping[str, object], key: str) -> float:
     value = metrics.get(key, math.nan)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def _amount(metrics: Mapping[str, object], key: str) -> float:
+    """A number that cannot be below 0; NaN where there is none."""
+    value = _number(metrics, key)
+    return value if value >= 0 else math.nan
 
 
 def _numbers(metrics: Mapping[str, object], key: str) -> list[float]:
@@ -318,7 +328,10 @@ def admit_form(reply: Message | None, template: Sums) -> Sums:
             raise Dropped("wrong-shape")
         if not np.all(np.isfinite(sums[key]) & (np.asarray(sums[key]) >= 0)):
             raise Dropped("not-finite")
-        if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
+        counts = np.asarray(expected).dtype.kind == "i"
+        if counts and np.asarray(sums[key]).dtype.kind != "i":
+            raise Dropped("wrong-sums")
+        if np.any(np.asarray(sums[key]) > (_MOST_COUNTED if counts else _MOST_SUMMED)):
             raise Dropped("wrong-sums")
     return sums
 

@@ -103,8 +103,9 @@ class Central:
                 held = counters.get(name)
                 merged[name] = old if held is None else held
         if self.adaptive:
-            count = within + float(torch.randn((), generator=generator)) * _noise_of_count(asked)
-            self.bound *= math.exp(-_RATE * (count / asked - _QUANTILE))
+            count = within + float(torch.randn((), generator=generator)) * self._noise_of_count(asked)
+            share = min(max(count / asked, 0.0), 1.0)  # of much noise too, else the bound could run away in one round
+            self.bound *= math.exp(-_RATE * (share - _QUANTILE))
         self.rounds += 1
         return merged
 
@@ -114,17 +115,14 @@ class Central:
         Andrew et al. 2021, theorem 1: 1/noise² = 1/of_sum² + 1/(2 of_count)². Counting who is within the bound, centred
         at one half, changes by at most one half with a site.
         """
-        if not self.adaptive:
+        if not self.adaptive or not self.noise:
             return self.noise
-        rest = self.noise**-2 - (2 * _noise_of_count(asked)) ** -2 if self.noise else math.inf
-        if rest <= 0:
-            raise UserError(
-                f"privacy.noise_multiplier = {self.noise:g}: too much for the adaptive bound with {asked} sites; "
-                'set privacy.central_clipping = "fixed"'
-            )
-        return 0.0 if math.isinf(rest) else rest**-0.5
+        rest: float = self.noise**-2 - (2 * self._noise_of_count(asked)) ** -2
+        return 1 / math.sqrt(rest)
 
+    def _noise_of_count(self, asked: int) -> float:
+        """Standard deviation of the noise on the number of sites within the bound: a twentieth of them, at least one.
 
-def _noise_of_count(asked: int) -> float:
-    """Standard deviation of the noise on the number of sites within the bound; a twentieth of them, at least one."""
-    return max(asked / 20, 1.0)
+        No less than ``noise``, so that it takes at most a quarter of the guarantee: the sum's noise grows by 1.16.
+        """
+        return max(asked / 20, 1.0, self.noise)

@@ -139,6 +139,8 @@ class Control:
         """How the run of that number is."""
         with self._asked():
             found = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict
+        if run not in found:
+            raise UserError(f"the server knows no run {run}")
         status = run_from_proto(found[run]).status
         return Status(status.status, status.sub_status, status.details)
 
@@ -149,8 +151,16 @@ class Control:
 
 
 def keep_keys(control: Control, folder: Folder) -> Iterator[str]:
-    """Make SuperLink's registered sites those of DIR/sites; gives a line for each change."""
-    wanted = {_key(path): path.parent.name for path in (folder.node_pub(name) for name in folder.site_names())}
+    """Make SuperLink's registered sites those of DIR/sites; gives a line for each change, and for a key that is none.
+
+    First those that are no longer accepted go, so that nothing that is wrong with another keeps them in.
+    """
+    wanted: dict[bytes, str] = {}
+    for name in folder.site_names():
+        try:
+            wanted[_key(folder.node_pub(name))] = name
+        except UserError as error:
+            yield f"keys: {error}"
     there = {node.key: node for node in control.nodes()}
     for key, node in there.items():
         if key not in wanted or wanted[key] != node.name:

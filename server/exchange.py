@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
 from flwr.superlink.grid import http_grid
 
 from shared.packing import pack, unpack
@@ -20,8 +19,20 @@ POLLS = 0.2, 3.0  # seconds between questions for replies: at least and at most
 SHARE = 0.05  # of the time since the last news, between the two
 IDLE = 4.0  # times as long as a question took, so that asking never keeps a busy server from its work
 AHEAD = 4  # replies in memory while one before them is waited for; the others wait at the server's SuperLink
-# A reply is there before its parts are. Flower looks for a part again after 1, 2, 4, 8 and 10 s, and has no setting.
-_soon = partial(pull_objects, initial_backoff=0.1, backoff_cap=1.0, max_tries_per_object=None)
+
+
+def _soon(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Flower's ``pull_objects`` for the parts of a reply, the reply itself last.
+
+    A reply is there before its parts are; Flower looks for a part again after 1, 2, 4, 8 and 10 s, and has no setting.
+    And what cannot be put together ends Flower's ServerApp: here it is a part that is missing, so an error of its site.
+    """
+    parts = pull_objects(object_ids, pull_object_fn, initial_backoff=0.1, backoff_cap=1.0, max_tries_per_object=None)
+    try:
+        inflate_object_from_contents(object_ids[-1], parts, keep_object_contents=True)
+    except Exception as problem:
+        raise ObjectPullError(object_ids[-1], f"it is not in order: {type(problem).__name__}") from None
+    return parts
 
 
 def replies(
@@ -68,7 +79,7 @@ def push(grid: Grid, messages: Sequence[Message]) -> list[str]:
     if not messages:
         return []
     if between_machines := isinstance(grid, http_grid.HttpGrid):
-        http_grid.pull_objects = _soon  # type: ignore[attr-defined]
+        http_grid.pull_objects = _soon  # type: ignore[attr-defined,assignment]
     names = list(grid.push_messages(_packed(messages) if between_machines else messages))
     return [*names, *[""] * (len(messages) - len(names))]
 
@@ -93,8 +104,8 @@ def _pause(silent: float, took: float, left: float) -> None:
 
 
 def _collect(grid: Grid, names: list[str], here: dict[str, Message]) -> bool:
-    """Put those replies that are there ``here``; whether any was."""
-    found = list(grid.pull_messages(names))
+    """Put those replies that are there ``here``; whether any was. Others than those asked for are passed over."""
+    found = [reply for reply in grid.pull_messages(names) if reply.metadata.reply_to_message_id in names]
     here.update((reply.metadata.reply_to_message_id, _plain(reply)) for reply in found)
     return bool(found)
 

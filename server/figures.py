@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 
 from server.calibration_figures import calibration
 from server.outcome_figures import confusion, forest, roc
-from server.record import DECLINED, FEDERATED, ONLY, POOLED, SERVER, Record, read_record, reason_words
+from server.record import DECLINED, FEDERATED, ONLY, POOLED, SERVER, Record, lost_replies, read_record, reason_words
 from server.report_style import BAND, BLUE, GREEN, GREY, RED, SERIES, SYMBOLS, fit, new_figure, plain
 from server.results import curve, told
 from server.store import Event
@@ -217,7 +217,7 @@ def participation(record: Record) -> go.Figure | None:
     """Who trained in which round, and why a reply was not used."""
     if not record.rounds:
         return None
-    absent = {str(item["site"]): str(item["reason"]) for item in record.survey["dropped"]}
+    absent = {lost.site: lost.reason for lost in lost_replies(record.events) if lost.step == "survey"}
     asked = [str(item["site"]) for e in record.rounds.values() for item in e["trained"] + e["dropped"]]
     names, numbers = list(dict.fromkeys([*record.sites, *absent, *asked])), sorted(record.rounds)
     state, text, lost = _attendance(record, names, numbers, absent)

@@ -186,11 +186,15 @@ class Lost(NamedTuple):
 
 
 def lost_replies(events: list[Event]) -> list[Lost]:
-    """Every reply that was not used, put together by site, step and reason."""
+    """Every reply that was not used, put together by site, step and reason; a survey's of those that never came in."""
     groups: dict[tuple[str, str, str], list[int]] = {}
+    surveys = [event for event in events if event["event"] == "survey"]
+    in_it = {str(place["name"]) for place in surveys[-1]["sites"]} if surveys else set()
     for event in events:
         step = str(event["split"] if event["event"] == "evaluation" else event["event"])
         for item in event.get("dropped", []):
+            if step == "survey" and str(item["site"]) in in_it:
+                continue
             groups.setdefault((str(item["site"]), step, str(item["reason"])), []).append(event.get("round", 0))
     return [Lost(*key, rounds) for key, rounds in groups.items()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message
@@ -42,6 +42,19 @@ def call(answers: Iterable[tuple[Place, Message | None]], job: Job, frozen: str,
             name = node.name or _site_name(reply) or f"node {node.node}"
             roll.dropped.append({"site": name, "reason": str(reason)})
     return roll
+
+
+def joined(
+    places: Sequence[Place], found: Sequence[Place], registered: Mapping[int, str], there: Collection[int]
+) -> list[Place]:
+    """``places`` and those ``found`` now, by name.
+
+    A site that was given a new key is a new node. Where keys are registered, by the names in ``registered``, it takes
+    the place of its old node unless that is ``there``, too.
+    """
+    renewed = {place.name for place in found if registered.get(place.node)}
+    stay = [place for place in places if place.name not in renewed or place.node in there]
+    return sorted([*stay, *found], key=lambda place: place.name)
 
 
 def _site_name(reply: Message | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from server.admission import Dropped, Place, Update, admit
@@ -24,15 +25,16 @@ from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
 from server.corrections import weight_of_all, with_own_rounds
 from server.evaluation import better, evaluate, evaluate_personal, evaluate_subgroups, kept
-from server.roll import await_sites, call, shortfall
+from server.roll import await_sites, call, joined, shortfall
 from server.sampling import pass_on, sample
 from server.secure import SecureRound
 from server.store import Store, read_events, write_text
 from server.wire import LATE, Content, Line
 from shared import __version__
 from shared.config import Job
+from shared.errors import UserError
 from shared.imaging.dataset import Dataset
-from shared.intervals import NOTHING, Estimate
+from shared.intervals import NOTHING
 from shared.tasks import TASKS, Sums, load_task
 from shared.training import pick_device
 from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names
@@ -107,8 +109,9 @@ class Run:
         try:
             arrays = self._train_all(exchanged(self.model, job))
             result = self._finish(arrays, time.monotonic() - started)
-        except RunFailed as failure:
-            self.store.add("failed", reason=str(failure))
+        except Exception as failure:
+            told = isinstance(failure, RunFailed | UserError)
+            self.store.add("failed", reason=str(failure) if told else f"an error of ours, {type(failure).__name__}")
             raise
         self.store.add("finish", seconds=round(time.monotonic() - started, 3))
         return result
@@ -126,29 +129,38 @@ class Run:
             self.asked.update(self.resumed.more.get("asked", {}))
             if self.central is not None:
                 self.central.bound, self.central.rounds = self.resumed.more["central"]
+            if self.resumed.more.get("due"):
+                self._keep_best(done, arrays)
         else:
             totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
             weights = [float(weight) for weight in self.task.class_weights(totals, job)]
-            self.evaluate(arrays, 0, "val")
+            evaluate(self, arrays, 0, "val")
         self.class_weights = weights
         for number in range(done + 1, job.federation.rounds + 1):
             self._admit_newcomers(number)
             arrays = self.train_round(arrays, number, weights)
+            if not all(torch.isfinite(array).all() for array in arrays.values()):
+                raise RunFailed(f"in round {number} the model is no longer finite; set federation.max_update_norm")
             if number % job.evaluation.every == 0 or number == job.federation.rounds:
-                self._keep_best(number, arrays, self.evaluate(arrays, number, "val"))
-            central = [self.central.bound, self.central.rounds] if self.central is not None else []
-            more = {"class_weights": weights, "central": central, "asked": dict(self.asked)}
-            state = State(number, arrays, self.best, more, self.algorithm.held | self.line.held())
-            self.checkpoint.save(state, self._facts(number))
+                if job.privacy.secure_aggregation:  # its sites do no round twice, so none may be lost in what follows
+                    self._save(number, arrays, due=True)
+                self._keep_best(number, arrays)
+            self._save(number, arrays)
         self.buffered.forget()
         return arrays
 
-    def _keep_best(self, number: int, arrays: Arrays, metrics: dict[str, Estimate]) -> None:
-        """Strictly better by the job's metric, in its direction, replaces the best; the earlier of equals stays."""
+    def _save(self, number: int, arrays: Arrays, due: bool = False) -> None:
+        """Write the state after a round; ``due``: it has still to be evaluated."""
+        central = [self.central.bound, self.central.rounds] if self.central is not None else []
+        more = {"class_weights": self.class_weights, "central": central, "asked": dict(self.asked), "due": due}
+        state = State(number, arrays, self.best, more, self.algorithm.held | self.line.held())
+        self.checkpoint.save(state, self._facts(number))
+
+    def _keep_best(self, number: int, arrays: Arrays) -> None:
+        """Evaluate. Strictly better by the job's metric, in its direction, replaces the best; of equals the earlier."""
         metric = self.job.best_metric
-        value = metrics.get(metric, NOTHING).value
-        sign = TASKS[self.job.task].metrics[metric]
-        if not better(value, self.best.value, sign):
+        value = evaluate(self, arrays, number, "val").get(metric, NOTHING).value
+        if not better(value, self.best.value, TASKS[self.job.task].metrics[metric]):
             return
         self.best = Best(number, value, arrays)
         self.checkpoint.keep_best(self.best, self._facts(number))
@@ -160,14 +172,13 @@ class Run:
     def _finish(self, last: Arrays, seconds: float) -> dict[str, Any]:
         job = self.job
         if not self.best.round:
-            text = f"no validation figure of {job.best_metric}: the last round is the model that is kept"
-            self.store.add("warning", text=text)
+            self.store.add("warning", text=f"no validation figure of {job.best_metric}: the last round is kept")
             self.best = Best(job.federation.rounds, math.nan, last)
             self.checkpoint.keep_best(self.best, self._facts(job.federation.rounds))
         self.store.add("kept", round=self.best.round, **kept(self))
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
-        self.evaluate(self.best.arrays, self.best.round, "test")
+        evaluate(self, self.best.arrays, self.best.round, "test")
         if keeps_own(job) and self.jury is None:
             evaluate_personal(self, self.best.arrays, self.best.round)
         if not any(place.images["test"] for place in self.places):
@@ -220,7 +231,7 @@ class Run:
         answers = self._exchange(MessageType.QUERY, content, asked, round_)
         found, dropped, heard = call(answers, self.job, self.frozen, self.counted)
         self.heard |= heard
-        self.places = sorted([*self.places, *found], key=lambda place: place.name)
+        self.places = joined(self.places, found, known, set(self.grid.get_node_ids()))
         names = [place.name for place in self.places]
         if found or not self.called.issuperset(nodes):  # who failed before and fails again is no news
             self.store.add("survey", sites=[vars(place) for place in self.places], dropped=dropped)
@@ -251,8 +262,8 @@ class Run:
         places = self.buffered.idle(self.sample(number))
         self.asked.update(place.name for place in places)
         self.algorithm.everyone = weight_of_all(self.places, self.job)
-        config = self._config(number, **{"class-weights": list(map(float, class_weights))})
-        config["best"] = self.best.round  # of which a site must not forget what is its own
+        # best: the round of which a site must not forget what is its own
+        config = self._config(number, best=self.best.round, **{"class-weights": list(map(float, class_weights))})
         if self.job.privacy.dp == "distributed":  # one divisor at all sites, so that each one's noise weighs the same
             config["examples"] = sum(place.images["train"] for place in self.places) / len(self.places)
         if self.job.privacy.secure_aggregation:
@@ -313,8 +324,7 @@ class Run:
         """The same round with the sites' models under masks, of which only the sum is seen."""
         number = int(config["round"])  # type: ignore[arg-type]
         secure = SecureRound(self._exchange, places, arrays, config, self.job, self.parts)
-        merged = secure.run()
-        seconds = round(time.monotonic() - started, 3)
+        merged, seconds = secure.run(), round(time.monotonic() - started, 3)
         facts = {"trained": self._timed(secure.trained), "dropped": secure.dropped, "secure": secure.facts}
         self.store.add("round", round=number, **facts, seconds=seconds, bytes=self.line.weighed())
         lost = [*secure.dropped, *secure.facts["silent"]]
@@ -325,10 +335,6 @@ class Run:
         """The rows of a round with the seconds from the question to each site's reply."""
         return [row | {"seconds": round(self.line.took[row["site"]], 3)} for row in trained]
 
-    def evaluate(self, arrays: Arrays, number: int, split: str) -> dict[str, Estimate]:
-        """Metrics of ``arrays`` over all sites' images of ``split``, stored with each site's sums."""
-        return evaluate(self, arrays, number, split)
-
 
 def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") -> Arrays:
     """Train the network the job's task measures by at the same sites; the run lies in ``folder``/reference.
@@ -337,8 +343,8 @@ def train_reference(grid: Grid, job: Job, folder: Path, store: str | None = "") 
         RunFailed: as ``Run.run``.
     """
     own = folder / REFERENCE
-    run = Run(grid, load_task(job.task).reference(job), own, resume=True, store=store)
     if not any(event["event"] == "finish" for event in read_events(own)):
+        run = Run(grid, load_task(job.task).reference(job), own, resume=True, store=store)
         run.is_reference = True
         run.run()
-    return run.best.arrays
+    return dict(load_file(own / "model.safetensors"))

@@ -123,6 +123,7 @@ class _Watch:
         self.folder, self.say = folder, say
         self.superlink, _, self.gateway = children
         self.keys: object = None
+        self.trouble = ""  # with the keys, which was told
         self.files = self._stamps()
         self.ready = False
         self.due, self.expiry = 0.0, ""
@@ -136,12 +137,14 @@ class _Watch:
             with Control(self.folder) as control:
                 if not control.answers():
                     return
-                self.keys = keys
                 try:
                     for line in keep_keys(control, self.folder):
                         self._say(line)
-                except UserError as error:  # one key that cannot be accepted must not end the others' runs
-                    self._say(f"keys: {error}")
+                    self.keys, self.trouble = keys, ""
+                except UserError as error:  # it must not end the others' runs; a key taken away must still go
+                    if str(error) != self.trouble:
+                        self._say(f"keys: {error}; this is tried again and again")
+                    self.trouble = str(error)
         if not self.ready:
             self.ready = True
             self._say("ready")

@@ -22,7 +22,8 @@ def privacy_spent(rounds: list[Event], job: Job) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"kind": asked.dp, "unit": asked.unit, "delta": asked.delta}
     if asked.dp == "local" and not asked.secure_aggregation:
-        sites = {row["site"]: row["epsilon"] for event in rounds for row in event["trained"] if "epsilon" in row}
+        rows = [row for event in rounds for row in event["trained"]]
+        sites = {row["site"]: row["epsilon"] for row in rows if row.get("epsilon") is not None}
         return found | {"sites": sites, "epsilon": max(sites.values(), default=0.0)}
     times = sum(1 + event.get("repeated", 0) for event in rounds)  # the server saw also those that were done again
     history = [_mechanism(job, times)]

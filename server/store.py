@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.database.journal import parsed
 from shared.errors import UserError
+from shared.files import write_text as write_text
 
 if TYPE_CHECKING:  # whoever only reads events needs neither
     import numpy as np
@@ -39,22 +40,6 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listeners.reset(token)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: a reader sees the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def fresh_folder(folder: Path, mark: str, what: str) -> None:

@@ -10,6 +10,7 @@ import io
 import re
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from difflib import unified_diff
 from functools import cache
@@ -93,7 +94,7 @@ def read_bundle(content: bytes) -> Files:
                 if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
                     raise BadBundle(f"it holds the path {name!r}")
             return {entry.filename: archive.read(entry) for entry in entries if entry.filename != ".info/CONTENT"}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise BadBundle(f"it is not a readable zip: {error}") from None
 
 

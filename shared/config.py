@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from shared.errors import UserError
 from shared.pairs import check_pairs
-from shared.rules import check_rules
+from shared.rules import check_rules, site_rule
 from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
 from shared.strategies import AGGREGATORS, CODEC_NAMES, STRATEGIES, resolve
 from shared.subgroups import parse_subgroups
@@ -257,6 +257,12 @@ def _check_privacy(job: Job) -> None:
     if dp in ("local", "distributed"):
         # Norms and noise are not proven right in less; what is computed at once is train.batch_size already.
         needed |= {"train.precision": "float32", "train.accumulate": 1, "train.compile": False}
+        needed["data.max_per_class"] = 0  # another image would take the place of one that is taken away
+        if rule := site_rule(job.data.harmonise):
+            raise UserError(
+                f'data.harmonise = "{rule}": measured on all images of a site, it lets each change all others, and '
+                f'privacy.dp = "{dp}" counts on one changing itself alone; take a rule that looks at single images'
+            )
     if dp == "distributed":  # the noise of all sites adds up in one noised sum of clipped gradients
         needed |= {
             "privacy.secure_aggregation": True,
@@ -291,7 +297,7 @@ def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as nested dicts; every failure is one line that names the file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # as Windows' editors write it
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -12,7 +12,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from Crypto.Protocol.SecretSharing import Shamir
@@ -140,11 +141,22 @@ def put_together(shares: Mapping[int, bytes], needed: int, shown_of: Callable[[b
     """
     if len(shares) >= needed:
         numbered = [(place + 1, share) for place, share in sorted(shares.items())]
-        for chosen in itertools.islice(itertools.combinations(numbered, needed), TRIES):
-            seed = Shamir.combine(list(chosen), ssss=False)
+        for chosen in _choices(numbered, needed):
+            seed = Shamir.combine(chosen, ssss=False)
             if shown_of(seed) == shown:
                 return seed
     raise ValueError("the shares do not give the seed")
+
+
+def _choices(shares: list[tuple[int, bytes]], needed: int) -> Iterator[list[tuple[int, bytes]]]:
+    """All choices of so many shares if these are few, else ``TRIES`` at random.
+
+    In order the first thousands of choices would all hold the first share, and that may be the false one.
+    """
+    if math.comb(len(shares), needed) <= TRIES:
+        return map(list, itertools.combinations(shares, needed))
+    draw = random.Random(0)
+    return (draw.sample(shares, needed) for _ in range(TRIES))
 
 
 def seal(key: bytes, pair: bytes, *about: str) -> bytes:

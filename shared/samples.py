@@ -86,6 +86,9 @@ def read_rows(site: SiteData, needed: Iterable[str], default: str = "labels.csv"
         )
     if "path" in needed:
         require_files(site, table, rows, "path")
+    if "target" not in needed:  # a table that people write, where a blank more would make two patients of one
+        for row in rows:
+            row["patient"] = (row.get("patient") or "").strip()
     return table, rows
 
 

@@ -32,6 +32,8 @@ _NAME, _VALUE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}"), re.compile(r"[\w .,+
 _SEXES = {"F": ("f", "female", "woman", "w", "weiblich", "femme", "mujer"),
           "M": ("m", "male", "man", "männlich", "homme", "hombre", "h")}  # fmt: skip
 
+_PER_YEAR = {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}
+
 
 class Dimension(NamedTuple):
     """By what patients are told apart: its name, the values or edges that the job gives, and the groups' names."""
@@ -57,8 +59,9 @@ class Dimension(NamedTuple):
         return OTHER
 
     def _band(self, value: str) -> str:
+        stated = re.fullmatch(r"(\d{1,3})([DWMY])", value.upper())  # as DICOM writes it
         try:
-            years = float(value)
+            years = int(stated[1]) / _PER_YEAR[stated[2]] if stated else float(value)
         except ValueError:
             return OTHER
         if not 0 <= years < 150:

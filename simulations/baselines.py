@@ -31,7 +31,8 @@ def baselines_of(
     homes = jury.folder
     named = {read_site(file).name: file for file in files}
     runs: dict[str, Run] = {}
-    models = {POOLED: list(named.values())} if pooled else {}
+    # Of a site that is not in the federation the pooled model has nothing either.
+    models = {POOLED: [named[place.name] for place in jury.places]} if pooled else {}
     # No site's name has a blank in it, so that a site called "pooled" is not taken for the pooled baseline.
     models |= {f"only {place.name}": [named[place.name]] for place in jury.places if place.images["train"]}
     for model, chosen in models.items():
@@ -44,12 +45,16 @@ def baselines_of(
 
 def job_of_one(jury: Run) -> Job:
     """The job of a model that nobody shares: per round as many gradient steps as all sites of ``jury`` together take,
-    with the same batch size, augmentation and schedule; no bound on a round, which goes as far."""
+    with the same batch size, augmentation and schedule; no bound on a round, which goes as far and takes as long."""
     job = jury.job
     # Sites that train in epochs take steps by their size: in a round with a share of the sites, as many in the mean.
     each = [job.local_steps(place.images["train"]) for place in jury.places if place.images["train"]]
-    per_round = round(len(jury.sample(1)) * sum(each) / max(len(each), 1))
+    sites = len(jury.sample(1))
+    if job.federation.order == "buffered":  # a round ends with so many replies
+        sites = min(sites, job.federation.buffer)
+    per_round = round(sites * sum(each) / max(len(each), 1))
     length: dict[str, Scalar] = {
+        "federation.round_timeout": min(job.federation.round_timeout * max(sites, 1), 1e7),
         "train.local_steps": max(per_round, 1),
         "train.local_epochs": 0.0,
         "federation.min_sites": 1,

@@ -9,10 +9,9 @@ of sites.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from shared.config import Job, Scalar
 from simulations.pool import WorkerPool
-from simulations.waiting import Outcome, WorkerDied
+from simulations.waiting import Reply, WorkerDied
 
 if TYPE_CHECKING:  # Ray takes a second to import, and few need it
     from simulations.ray_pool import RayPool
@@ -58,7 +57,7 @@ class LocalGrid(Grid):
             )
             for number, node in enumerate(nodes, start=SUPERLINK_NODE_ID + 1)
         }
-        self._pending: dict[str, tuple[Message, Future[Outcome]]] = {}
+        self._pending: dict[str, tuple[Message, Reply]] = {}
         # Message() reads who is sending from here; every grid of this process is the same sender.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SUPERLINK_NODE_ID, 1
 
@@ -103,16 +102,15 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Yield the replies in the order of the messages.
 
-        A node that raises, dies, or has not answered ``timeout`` seconds after the call gives an error reply.
+        A node that raises, dies, or has not answered ``timeout`` seconds after a worker took its message gives an error
+        reply.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         source = self._submit_all(messages)
-        window: deque[tuple[Message, Future[Outcome]]] = deque(itertools.islice(source, 2 * self._pool.size))
+        window: deque[tuple[Message, Reply]] = deque(itertools.islice(source, 2 * self._pool.size))
         try:
             while window:
                 message, future = window.popleft()
-                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-                reply = self._reply(message, future, left)
+                reply = self._reply(message, future, timeout)
                 window.extend(itertools.islice(source, 1))
                 yield reply
         finally:  # the caller stopped early: nobody waits for the rest
@@ -121,11 +119,11 @@ class LocalGrid(Grid):
 
     # ------------------------------------------------------------------
 
-    def _keep(self, item: tuple[Message, Future[Outcome]]) -> tuple[Message, Future[Outcome]]:
+    def _keep(self, item: tuple[Message, Reply]) -> tuple[Message, Reply]:
         self._pending[item[0].metadata.message_id] = item
         return item
 
-    def _submit_all(self, messages: Iterable[Message]) -> Iterator[tuple[Message, Future[Outcome]]]:
+    def _submit_all(self, messages: Iterable[Message]) -> Iterator[tuple[Message, Reply]]:
         """Submit one message for each ``next``; a content shared by several messages is packed once."""
         content: RecordDict | None = None
         packed: Any = None
@@ -136,9 +134,9 @@ class LocalGrid(Grid):
             context = self._contexts[message.metadata.dst_node_id]
             yield message, self._pool.submit(message, context, packed, self._priority)
 
-    def _reply(self, message: Message, future: Future[Outcome], timeout: float | None) -> Message:
+    def _reply(self, message: Message, future: Reply, timeout: float | None) -> Message:
         try:
-            reply, self._contexts[message.metadata.dst_node_id].state = future.result(timeout)
+            reply, self._contexts[message.metadata.dst_node_id].state = future.within(timeout)
         except TimeoutError:
             self._pool.abandon(future)
             reply = Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "no reply in time"), reply_to=message)

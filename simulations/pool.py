@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -26,7 +25,7 @@ from flwr.clientapp import ClientApp
 
 from client import lazy
 from simulations.segments import Lease, Segment, Segments, Source, pack, unpack
-from simulations.waiting import Outcome, PoolClosed, Task, Waiting, WorkerDied
+from simulations.waiting import PoolClosed, Reply, Task, Waiting, WorkerDied
 from simulations.worker import Order, load, work
 
 
@@ -94,7 +93,7 @@ class WorkerPool:
         body, size = pack(content, lease.segment if lease else None)
         return Content(body, size, lease if size else None)
 
-    def submit(self, message: Message, context: Context, content: Content, priority: int = 0) -> Future[Outcome]:
+    def submit(self, message: Message, context: Context, content: Content, priority: int = 0) -> Reply:
         """Queue a message; lower ``priority`` goes first, equal ones in the order of submission.
 
         The future gives the reply and the node's state after it, or raises WorkerDied or PoolClosed.
@@ -105,7 +104,7 @@ class WorkerPool:
             self._dispatch()
         return task.future
 
-    def abandon(self, future: Future[Outcome]) -> None:
+    def abandon(self, future: Reply) -> None:
         """Give up on a message: unqueue it, or kill the worker that is at it (and start another)."""
         with self._lock:
             self._waiting.drop(future)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from flwr.clientapp import ClientApp
 
 from client import lazy
 from shared.errors import UserError
-from simulations.waiting import Outcome, PoolClosed, Task, Waiting, WorkerDied
+from simulations.waiting import Outcome, PoolClosed, Reply, Task, Waiting, WorkerDied
 from simulations.worker import call, keep_memory, load
 
 try:
@@ -126,15 +127,16 @@ class RayPool:
         """Make ready to send: into the object store, from where every machine fetches it once."""
         return ray.put(content)
 
-    def submit(self, message: Message, context: Context, content: Any, priority: int = 0) -> Future[Outcome]:
+    def submit(self, message: Message, context: Context, content: Any, priority: int = 0) -> Reply:
         """As ``WorkerPool.submit``."""
         task = _Task(self._waiting.place(priority), message, context, content, retries=self._retries)
+        task.future.began = time.monotonic()  # a cluster may lose its last core, and then nothing would ever begin
         with self._lock:
             self._waiting.add(task)
             self._dispatch()
         return task.future
 
-    def abandon(self, future: Future[Outcome]) -> None:
+    def abandon(self, future: Reply) -> None:
         """As ``WorkerPool.abandon``."""
         with self._lock:
             self._waiting.drop(future)

@@ -10,6 +10,7 @@ What is learnt is learnt from all sites' training images in one place. Other tas
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from server.results import scores_of
 from shared.config import Job
+from shared.errors import SiteRefusal
 from shared.imaging.dataset import Dataset, concatenate, load_dataset, to_float
 from shared.samples import read_samples
 from shared.sitefile import read_site
@@ -45,8 +47,10 @@ def trivial_scores(job: Job, data: Path, out: Path, cache: Path | None = None) -
     about, make = _MODELS.get(job.task, ("", None))
     if make is None or not _fits(job):
         return {}
-    sites = [read_site(file) for file in find_sites(data, job, out, cache)]
-    whole = {site.name: load_dataset(read_samples(site, job), site, job) for site in sites}
+    whole: dict[str, Dataset] = {}
+    for site in (read_site(file) for file in find_sites(data, job, out, cache)):
+        with contextlib.suppress(SiteRefusal):  # a site that cannot take part is not in the federation either
+            whole[site.name] = load_dataset(read_samples(site, job), site, job)
     judge = make([part.subset("train") for part in whole.values()], job)
     tests = {name: test for name, part in whole.items() if len(test := part.subset("test"))}
     sums = {name: judge(test) for name, test in tests.items()}

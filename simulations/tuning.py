@@ -112,7 +112,7 @@ def _halved(size: int) -> Iterator[int]:
 
 def _largest(job: Job, data: Dataset, say: Say) -> int:
     """The largest power of two, or the whole site, that is computed at once without running out of memory."""
-    size, fits = 1, 1
+    size = fits = min(_least(job), len(data))
     while size <= min(MOST, 2 * len(data)):
         size = min(size, len(data))
         speed = measure(job.replace(train__batch_size=size, train__accumulate=1), data)
@@ -125,6 +125,12 @@ def _largest(job: Job, data: Dataset, say: Say) -> int:
             break
         size *= 2
     return fits
+
+
+def _least(job: Job) -> int:
+    """The fewest images that the network can be trained on at once: two where it normalises over a batch."""
+    layers = load_task(job.task).build_model(job).modules()
+    return 2 if any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in layers) else 1
 
 
 def _workers(job: Job, data: Dataset, one: Speed, say: Say) -> int:
@@ -176,7 +182,7 @@ def _steps(pipe: Connection, job: Job, data: Dataset) -> None:
     task, device = load_task(job.task), pick_device(job)
     _stay_within_memory(device)
     model = task.build_model(job)
-    weights = [1.0] * len(task.count_classes(data, job))
+    weights = task.class_weights(task.count_classes(data, job), job)
     number, started, images = 0, 0.0, 0
     try:
         while not started or time.monotonic() - started < SECONDS:
@@ -186,7 +192,11 @@ def _steps(pipe: Connection, job: Job, data: Dataset) -> None:
             else:  # the first step loads kernels and fills caches
                 started = time.monotonic()
             number += 1
-    except (MemoryError, RuntimeError):  # torch says of a CPU that runs out, and of a GPU, that it is a RuntimeError
+    except (MemoryError, SiteRefusal):  # no memory, or parts of one image for a network that normalises over a batch
+        return
+    except RuntimeError as problem:  # torch's word for a CPU, and a GPU, that runs out of memory
+        if "memory" not in str(problem) and "alloc" not in str(problem):
+            raise
         return
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":

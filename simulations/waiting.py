@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,28 @@ class WorkerDied(Exception):
     """The process that worked on a message is gone, killed or out of memory."""
 
 
+class Reply(Future[Outcome]):
+    """A reply to come. ``began`` is when a worker took its message (``time.monotonic``), None while it waits."""
+
+    began: float | None = None
+
+    def within(self, seconds: float | None) -> Outcome:
+        """The outcome, if it is there so many seconds after a worker began; how long the message waited for one does
+        not count, else the fewer workers there are the fewer sites would answer in time.
+
+        Raises:
+            TimeoutError: it is not.
+        """
+        while True:
+            began = self.began
+            left = seconds if seconds is None or began is None else began + seconds - time.monotonic()
+            try:
+                return self.result(left)
+            except TimeoutError:
+                if began is not None and began == self.began:
+                    raise
+
+
 @dataclass(order=True)
 class Task:
     """A message, its content made ready by the pool, and where the outcome goes."""
@@ -29,7 +52,7 @@ class Task:
     message: Message = field(compare=False)
     context: Context = field(compare=False)
     content: Any = field(compare=False)
-    future: Future[Outcome] = field(compare=False, default_factory=Future)
+    future: Reply = field(compare=False, default_factory=Reply)
 
     def fail(self, error: Exception) -> None:
         """End without a reply, unless it ended before."""
@@ -69,10 +92,12 @@ class Waiting(Generic[T]):
         heapq.heappush(self._heap, task)
 
     def take(self) -> T:
-        """The next one."""
-        return heapq.heappop(self._heap)
+        """The next one, for a worker that begins with it now."""
+        task = heapq.heappop(self._heap)
+        task.future.began = time.monotonic()
+        return task
 
-    def drop(self, future: Future[Outcome]) -> None:
+    def drop(self, future: Reply) -> None:
         """Forget the task of this future, if it waits."""
         self._heap = [task for task in self._heap if task.future is not future]
         heapq.heapify(self._heap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -24,8 +25,10 @@ STATE, LOG, RUN = "cell.json", "log.txt", "run"
 PAUSE = 0.5  # seconds between messages about rounds
 
 
-def play(cell: Cell, folder: Path, cache: Path, workers: int, news: Connection) -> None:
-    """Run the cell into ``folder`` and write there how it ended; ``news`` hears (round, rounds, metric or None).
+def play(cell: Cell, folder: Path, cache: Path, workers: int, news: Connection, images: str) -> None:
+    """Run the cell into ``folder`` and write there how it ended, and of which ``images`` (``stamp``) it is.
+
+    ``news`` hears (round, rounds, metric or None).
 
     A half-finished one that lies there is begun anew. SIGTERM, and the end of the study's process, end it.
     """
@@ -39,8 +42,22 @@ def play(cell: Cell, folder: Path, cache: Path, workers: int, news: Connection) 
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         state = _outcome(cell, folder, cache, workers, news)
-    state |= {"cell": cell.id, "seconds": round(time.monotonic() - started, 1), "workers": workers}
+    state |= {"cell": cell.id, "images": images, "seconds": round(time.monotonic() - started, 1), "workers": workers}
     write_json(folder / STATE, state)
+
+
+def stamp(data: Path) -> str:
+    """Another text once a file below ``data`` is another: of their names, sizes and times, our own and hidden ones
+    left out."""
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(data):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                found = os.stat(path)
+                digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def _outcome(cell: Cell, folder: Path, cache: Path, workers: int, news: Connection) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def _federated_row(one: Outcome, plan: Plan, pooled: Row | None) -> Row:
         **_best(events, metric, sign),
         to_target=_to_target(events, metric, sign, math.nan if target is None else target),
         epsilon=float(scores.get("privacy", {}).get("epsilon", math.nan)),
-        level=plan.levels[one.cell.method],
+        level=plan.levels[one.cell.setting, one.cell.method],
     )
 
 

@@ -96,9 +96,9 @@ def pareto_figure(found: Found, setting: str) -> go.Figure | None:
     caption += "as good in metric, traffic and epsilon and better in one (methods without privacy promise no epsilon)."
     told = "; ".join(f"{name} {with_sd(value, metric)} with {size(sent)}" for name, (sent, value, _) in points.items())
     figure = new_figure(430, caption, f"{told}. Not beaten: {', '.join(sorted(best))}.")
-    levels = list(dict.fromkeys(found.plan.levels[name] for name in points))
+    levels = list(dict.fromkeys(found.plan.levels[setting, name] for name in points))
     for k, level in enumerate(levels):
-        there = [name for name in points if found.plan.levels[name] == level]
+        there = [name for name in points if found.plan.levels[setting, name] == level]
         colour = SERIES[k % len(SERIES)]
         rings = [3 if name in best else 0 for name in there]
         figure.add_scatter(

@@ -66,12 +66,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole study. ``levels`` holds each method's level of privacy, "" where there is none."""
+    """A whole study. ``levels`` holds the level of privacy of each setting's methods, "" where there is none."""
 
     name: str
     settings: tuple[str, ...]
     methods: tuple[str, ...]
-    levels: dict[str, str]
+    levels: dict[tuple[str, str], str]
     seeds: tuple[int, ...]
     target: float | None
     cells: tuple[Cell, ...]
@@ -102,17 +102,25 @@ def _plan(content: Mapping[str, Any], path: Path, data: Path | None, quick: bool
     if target is not None and (isinstance(target, bool) or not isinstance(target, (int, float))):
         raise UserError(f"target = {target!r}: must be a number, for example 0.95")
     places = list(settings_of(content, path, data, name))
+    if len({place.name for place in places}) < len(places):
+        raise UserError("two data sets or partitions have one name; give each a name of its own")
     methods = list(methods_of(content))
     if quick:
         seeds = seeds[:QUICK_SEEDS]
     cells: dict[str, Cell] = {}
     own: list[tuple[Cell, str]] = []  # federated cells, each with the key of its baselines
-    levels: dict[str, str] = {}
+    levels: dict[tuple[str, str], str] = {}
+    measured: dict[str, tuple[str, str]] = {}  # by setting: task and metric
     for place, method, seed in itertools.product(places, methods, seeds):
         more: Settings = {"seed": seed, "name": f"{place.name}, {method.name}"}
         more |= {"data.partition_seed": seed} if redraw else {}
         job = _job(place, method.name, method.settings | more, quick)
-        levels[method.name] = level_of(job)
+        levels[place.name, method.name] = level_of(job)
+        if measured.setdefault(place.name, (job.task, job.best_metric)) != (job.task, job.best_metric):
+            raise UserError(
+                f"{place.name}: methods with different tasks or evaluation.best_metric cannot be compared; "
+                "take them out of [grid], [[variant]] and [[privacy]]"
+            )
         baseline = Cell(BASELINES, place.name, "", seed, _alone(job, place, method, more, quick), place.data)
         key = _same_training(baseline)  # once for all methods that train as long and in the same way
         baseline = cells.setdefault(key, baseline)
@@ -161,6 +169,8 @@ def alone(job: Job, name: str) -> Job:
     """
     fresh = {f"privacy.{item.name}": item.default for item in fields(Privacy)}
     flat = job.flat() | nothing_shared() | fresh | {"name": f"{name}, alone and pooled"}
+    if job.federation.order == "buffered":  # a round of it has fewer steps
+        flat |= {"federation.order": "buffered", "federation.buffer": job.federation.buffer}
     return job_from_flat(flat)
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from consilium.study.cell import LOG, RUN, STATE, play
+from consilium.study.cell import LOG, RUN, STATE, play, stamp
 from consilium.study.plan import Cell, Plan
 from server.store import write_text
 from shared.alone import alone
@@ -80,12 +80,14 @@ def run_cells(plan: Plan, text: str, out: Path, cores: int | None, observe: Obse
     with _folder(out), _terminable():
         write_text(out / MARK, text)
         pending: deque[Cell] = deque()
+        stamps = {cell.data: stamp(cell.data) for cell in plan.cells}
         for cell in plan.cells:
-            if _state(out, cell).get("state") == "done":
+            state = _state(out, cell)
+            if state.get("state") == "done" and state.get("images") == stamps[cell.data]:
                 observe(cell, "kept", None)
             else:
                 pending.append(cell)
-        _Scheduler(out, cores, observe).run(pending)
+        _Scheduler(out, cores, observe, stamps).run(pending)
         return [_outcome(out, cell) for cell in plan.cells]
 
 
@@ -107,8 +109,8 @@ def check_jobs(plan: Plan) -> None:
 
 
 class _Scheduler:
-    def __init__(self, out: Path, cores: int, observe: Observer) -> None:
-        self.out, self.cores, self.observe = out, cores, observe
+    def __init__(self, out: Path, cores: int, observe: Observer, stamps: Mapping[Path, str]) -> None:
+        self.out, self.cores, self.observe, self.stamps = out, cores, observe, stamps
         self.active: list[_Active] = []
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
@@ -125,7 +127,7 @@ class _Scheduler:
     def _start(self, cell: Cell, cores: int) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
         folder, cache = self.out / CELLS / cell.id, self.out / CACHE
-        process = self.context.Process(target=play, args=(cell, folder, cache, cores, theirs))
+        process = self.context.Process(target=play, args=(cell, folder, cache, cores, theirs, self.stamps[cell.data]))
         process.start()
         theirs.close()
         self.active.append(_Active(cell, process, ours, cores))

@@ -78,7 +78,8 @@ def verdicts(found: Found) -> list[Verdict]:
     for setting in plan.settings:
         plain = ""
         for level in levels:
-            methods = [method for method in plan.methods if plan.levels[method] == level and found.of(setting, method)]
+            alike = [method for method in plan.methods if plan.levels[setting, method] == level]
+            methods = [method for method in alike if found.of(setting, method)]
             if methods:
                 told.append(_verdict(found, setting, level, methods, plain))
                 plain = plain or (told[-1].method if not level else "")
@@ -96,6 +97,8 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
     if plain and plain != best:
         cost = paired(found.values(setting, best), found.values(setting, plain), sign)
         lines.append(f"Privacy ({level}) costs: {metric_name(metric)} {difference(cost, metric)} against {plain}.")
+    if level and metric == "frechet":
+        warnings.append("The network that measures it is trained under the same privacy: beside others no figure.")
     if setting in found.about:
         ahead = paired(found.values(setting, best), found.values(setting, TRIVIAL), sign)
         trivial = spread(list(found.values(setting, TRIVIAL).values()))
@@ -193,7 +196,9 @@ def _hospitals(found: Found, setting: str, best: str, methods: Sequence[str], me
             "Worse off than with their own model, by more than the interval: "
             f"{', '.join(f'{site} ({told[site]})' for site in hurt)}."
         )
-        better = [name for name in methods if name != best and not harmed(gains(found, setting, name))]
+        others = {name: gains(found, setting, name) for name in methods if name != best}
+        known = {name: own for name, own in others.items() if own and min(gain.n for gain in own.values()) > 1}
+        better = [name for name, own in known.items() if not harmed(own)]
         if better:
             yield f"No hospital is so with {', '.join(better)}."
     else:

@@ -221,7 +221,7 @@ def timings(db: Engine, id: int) -> Row:
 
 def warnings(db: Engine, id: int) -> list[Row]:
     """What somebody should know, the gravest first: {kind, time, text} of kind failed and warning, then of kind
-    refused {kind, time (of the last), site, step (survey, round, val, test), reason, rounds}."""
+    refused {kind, time (of the last), site, step (survey, round, val, test, personal, subgroups), reason, rounds}."""
     found = []
     for event in events(db, id, ["failed", "warning"]):
         text = str(event.get("text", event.get("reason", "")))
@@ -230,8 +230,12 @@ def warnings(db: Engine, id: int) -> list[Row]:
     return found + _refused(db, id)
 
 
+# Kinds of events of which the replies that were not used have no table of their own.
+_STEPS = ("survey", "personal", "subgroups")
+
+
 def _refused(db: Engine, id: int) -> list[Row]:
-    """Replies that were not used, put together by site, step and reason."""
+    """Replies that were not used, put together by site, step and reason; a survey's of those that never came in."""
     of_round = select(t.event.c.seq, t.event.c.time, t.event.c.round, t.site_round.c.site, t.site_round.c.reason)
     of_round = of_round.join_from(t.event, t.site_round).where(t.event.c.run == id, t.site_round.c.reason.is_not(None))
     split = select(t.event.c.seq, t.event.c.time, t.event.c.round, t.evaluation.c.site, t.evaluation.c.reason)
@@ -240,10 +244,13 @@ def _refused(db: Engine, id: int) -> list[Row]:
     with db.connect() as connection:
         rows = [(*row, "round") for row in connection.execute(of_round)]
         rows += [tuple(row) for row in connection.execute(split)]
-        survey = select(t.event).where(t.event.c.run == id, t.event.c.kind == "survey", t.event.c.dropped > 0)
-        for row in connection.execute(survey):
-            for item in row.facts["dropped"]:
-                rows.append((row.seq, row.time, row.round or 0, item["site"], item["reason"], "survey"))
+        others = select(t.event).where(t.event.c.run == id, t.event.c.kind.in_(_STEPS), t.event.c.dropped > 0)
+        there = select(t.site.c.name).where(t.site.c.run == id, t.site.c.reason.is_(None))
+        came = set(connection.scalars(there))  # if not at first, then later
+        for row in connection.execute(others):
+            left = [item for item in row.facts["dropped"] if row.kind != "survey" or item["site"] not in came]
+            for item in left:
+                rows.append((row.seq, row.time, row.round or 0, item["site"], item["reason"], row.kind))
     found: dict[tuple[str, str, str], Row] = {}
     for _, time, number, site, reason, step in sorted(rows, key=lambda row: row[0]):
         new = {"kind": "refused", "time": time, "site": site, "step": step, "reason": reason, "rounds": []}

@@ -164,3 +164,15 @@ def test_after_the_first_round_nothing_is_read_built_or_imported_again(
     round_(3)
     assert len(calls) == 3
     assert set(sys.modules) == modules
+
+
+def test_a_new_run_sees_who_was_taken_out_of_the_table_since_the_last(three_sites: Path, tiny_job: Job) -> None:
+    site = three_sites / "c"
+    before = ask("query", site, tiny_job).content["metrics"]["images-train"]
+    lines = (site / "labels.csv").read_text().splitlines()
+    gone = next(line for line in lines if line.endswith(",train"))
+    (site / "labels.csv").write_text("\n".join(line for line in lines if line != gone) + "\n")
+    (site / gone.split(",")[0]).unlink()
+    assert ask("query", site, tiny_job).content["metrics"]["images-train"] == before - 1
+    told = ask("train", site, tiny_job, **{"class-weights": [1.0, 1.0]}).content["metrics"]["num-examples"]
+    assert told == before - 1

@@ -13,6 +13,7 @@ from client.bundles import KEPT, Bundles
 from shared import __version__
 from shared.bundle import MANIFEST, release
 from shared.errors import SiteRefusal, UserError
+from shared.sitefile import OWN_FOLDER
 
 
 def bundle(line: str = "") -> bytes:
@@ -106,3 +107,15 @@ def test_another_release_is_named_as_such(tmp_path: Path, version: str, told: st
     assert told in str(refused.value)
     assert "rm -rf" not in str(refused.value)
     assert ("consilium 9.9.0" in str(refused.value)) == (version == "9.9.0")
+
+
+def test_a_bundle_that_is_damaged_within_or_cannot_be_put_aside_is_refused_all_the_same(tmp_path: Path) -> None:
+    whole = bundle("\n# other\n")
+    for place in range(200, len(whole), len(whole) // 40):  # a byte of what is compressed, or of a header
+        damaged = whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
+        with pytest.raises(SiteRefusal):
+            Bundles(tmp_path / "a").admit(damaged)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / OWN_FOLDER).write_text("a file where the folder should be")
+    with pytest.raises(SiteRefusal, match="differs"):
+        Bundles(tmp_path / "b").admit(whole)

@@ -245,3 +245,24 @@ def test_the_site_writes_down_with_whom_its_model_was_summed(sites: Sites, three
     sites.shares()
     sites.masked("b")
     assert "round 1: the model leaves masked, in a sum with a, c" in (three_sites / "b" / "site.log").read_text()
+
+
+def test_a_resumed_run_does_no_round_twice_of_which_shares_were_revealed(three_sites: Path, sites: Sites) -> None:
+    """A resumed run is another one to Flower, with a state of its own; two sums would tell one site's change."""
+
+    def again() -> Sites:
+        fresh = Sites(three_sites, sites.job)
+        for context in fresh.contexts.values():
+            context.run_id += 1
+            context.run_config["run.id"] = "study-1"
+        return fresh
+
+    first = again()
+    sealed = first.shares()
+    assert code(again().ask("train.keys", "a")) == ""  # nothing of the round was revealed: it may be done again
+    assert code(first.masked("a")) == ""
+    assert code(first.unmask("a", sealed, SITES)) == ""
+    resumed = again()
+    assert code(resumed.ask("train.keys", "a")) == "wrong-round"
+    assert code(resumed.ask("train.keys", "b")) == ""  # which was not asked to reveal anything
+    assert code(resumed.ask("train.keys", "a", 2)) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from server.admission import Dropped, admit
+from server.admission import Dropped, admit, admit_form
 from shared.codecs import CHANGE, coding, encode
 from shared.config import Job
 
@@ -92,3 +93,44 @@ def test_a_negative_variance_drops_the_reply_coded_or_not(codec: str, variance: 
     else:
         with pytest.raises(Dropped, match="bad-variance"):
             admit(message, before, job, 8)
+
+
+def figures(**more: float) -> Message:
+    answer = reply(None)
+    answer.content["metrics"] = MetricRecord({"num-examples": 8, "images": 8, "steps": 1, **more})
+    return answer
+
+
+def test_a_loss_beyond_all_reason_weighs_like_the_largest_that_is_believed() -> None:
+    job = Job().replace(federation__weighting="loss", federation__fairness=2.0)
+    weights = [admit(figures(loss=loss), MODEL, job, 8).weight for loss in (8e3, 8e9, 1e200, 1e308)]
+    assert weights == [8 * 1000.0**2] * 4
+    with pytest.raises(Dropped, match="no-loss"):
+        admit(figures(loss=math.inf), MODEL, job, 8)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -1.0])
+def test_an_epsilon_or_a_time_that_is_none_is_not_told(value: float) -> None:
+    told = admit(figures(loss=1.0, epsilon=value, seconds=value), MODEL, Job(), 8).told([])
+    assert "epsilon" not in told
+    assert "train_seconds" not in told
+
+
+@pytest.mark.parametrize(
+    ("sums", "reason"),
+    [
+        ({"n": 3, "loss": 4.5}, ""),
+        ({"n": 2**63 - 1, "loss": 4.5}, "wrong-sums"),
+        ({"n": 3, "loss": 1e200}, "wrong-sums"),
+        ({"n": 3, "loss": math.inf}, "not-finite"),
+        ({"n": -1, "loss": 4.5}, "not-finite"),
+    ],
+)
+def test_sums_that_would_overflow_with_those_of_others_are_dropped(sums: Mapping[str, Any], reason: str) -> None:
+    answer = reply(None)
+    answer.content = RecordDict({"metrics": MetricRecord(dict(sums))})
+    if not reason:
+        assert admit_form(answer, {"n": 0, "loss": 0.0}) == sums
+        return
+    with pytest.raises(Dropped, match=reason):
+        admit_form(answer, {"n": 0, "loss": 0.0})

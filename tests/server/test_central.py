@@ -51,14 +51,13 @@ def test_a_site_moves_the_result_by_no_more_than_the_bound(seed: int, scale: flo
     assert norm(with_it, without) <= 2.0 / asked * 1.001
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_the_noise_is_as_large_as_the_guarantee_wants(adaptive: bool) -> None:
+@pytest.mark.parametrize(("adaptive", "noise", "count_noise"), [(False, 0.8, 0.0), (True, 0.8, 1.0), (True, 9.0, 9.0)])
+def test_the_noise_is_as_large_as_the_guarantee_wants(adaptive: bool, noise: float, count_noise: float) -> None:
     """Sites that change nothing: what comes out is noise. With an adapted bound the count takes a share of it."""
-    reference, asked, noise = arrays(0), 5, 0.8
+    reference, asked = arrays(0), 5
     central = Central(noise, 1.5, adaptive)
     merged = central.merge([(1.0, reference)] * asked, reference, asked)
     drawn = torch.cat([(merged[k] - reference[k]).flatten() for k in SHAPES]).numpy() * asked / 1.5
-    count_noise = 1.0  # the least
     wanted = (noise**-2 - (2 * count_noise) ** -2) ** -0.5 if adaptive else noise
     assert abs(drawn.std() / wanted - 1) < 0.06
     again = Central(noise, 1.5, adaptive).merge([(1.0, reference)] * asked, reference, asked)
@@ -98,5 +97,14 @@ def test_what_noise_would_break_is_refused() -> None:
     with pytest.raises(UserError, match="BatchNorm"):
         check(job(), ["bn.running_mean", "bn.running_var"])
     check(job(dp="none", noise_multiplier=0.0), ["bn.running_var"])
-    with pytest.raises(UserError, match="fixed"):
-        Central.of(job(noise_multiplier=5.0), ["a"]).merge([(1.0, arrays(1))], arrays(0), 3)
+
+
+def test_with_much_noise_the_bound_moves_by_no_more_than_without() -> None:
+    """The count of sites is cut to what it can be, so that noise of ten times it moves the bound by a tenth at most."""
+    central, reference = Central(30.0, 1.0, adaptive=True), arrays(0)
+    bounds = [central.bound]
+    for _ in range(50):
+        central.merge([(1.0, reference)] * 3, reference, 3)
+        bounds.append(central.bound)
+    assert np.abs(np.diff(np.log(bounds))).max() <= 0.1 + 1e-9
+    assert len(set(bounds)) > 10

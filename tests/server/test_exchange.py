@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import http_grid
 
@@ -163,3 +165,24 @@ def test_a_reply_that_is_badly_packed_is_dropped_like_any_that_is_not_in_order(t
     (reply,) = replies(Sites(answer, {1: 0.0}), [plain(1, a=np.zeros(2), b=np.ones(2))], 5)
     with pytest.raises(Dropped, match="wrong-names"):
         admit(reply, model, tiny_job, 100)
+
+
+def test_a_reply_that_cannot_be_put_together_is_a_part_that_is_missing() -> None:
+    """Flower makes an error reply of a missing part; what it cannot inflate would end the whole ServerApp."""
+    message = echo(plain(1, a=np.zeros(2)))
+    parts = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+    names = [*(name for name in parts if name != message.object_id), message.object_id]
+    assert exchange._soon(names, parts.__getitem__) == parts
+    record = next(name for name, part in parts.items() if part.startswith(b"RecordDict"))
+    for broken in (parts[record][:-3] + b"{{{", b"RecordDict 3\0{{{", b"Nothing 0\0"):
+        with pytest.raises(ObjectPullError, match="not in order"):
+            exchange._soon(names, (parts | {record: broken}).__getitem__)
+
+
+def test_a_reply_to_a_question_that_was_not_asked_is_passed_over() -> None:
+    def stray(message: Message) -> Message:
+        answer = echo(message)
+        answer.metadata.__dict__["_reply_to_message_id"] = "another"
+        return answer
+
+    assert list(replies(Sites(stray, {1: 0.0}), [plain(1, a=np.zeros(2))], 0.3)) == [None]

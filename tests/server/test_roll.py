@@ -6,7 +6,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from server.admission import Place
-from server.roll import call
+from server.roll import call, joined
 from shared.config import Job
 
 
@@ -45,3 +45,12 @@ def test_without_registered_names_sites_name_themselves(tiny_job: Job) -> None:
 def test_a_registered_site_that_does_not_answer_is_named(tiny_job: Job) -> None:
     roll = call([(node(2, "south"), None)], tiny_job, "", 2)
     assert roll.dropped == [{"site": "south", "reason": "no-reply"}]
+
+
+def test_a_site_with_a_new_key_takes_the_place_of_its_old_node_unless_that_is_still_there() -> None:
+    before, renewed = [node(1, "north"), node(2, "south")], [node(5, "south")]
+    found = joined(before, renewed, {5: "south"}, {1, 5})
+    assert [(place.node, place.name) for place in found] == [(1, "north"), (5, "south")]
+    # Both are there, or nobody vouches for the name: then two sites have one name, which the run refuses.
+    for registered, there in (({5: "south"}, {1, 2, 5}), ({}, {1, 5})):
+        assert [place.node for place in joined(before, renewed, registered, there)] == [1, 2, 5]

@@ -219,6 +219,13 @@ def test_false_shares_do_no_harm_while_enough_true_ones_are_there() -> None:
         put_together(shares, 3, public_key, public_key(seed))
 
 
+@pytest.mark.parametrize("false", range(20))
+def test_one_false_share_does_no_harm_wherever_it_stands_among_many(false: int) -> None:
+    seed = new_seed()
+    shares = dict(enumerate(share_out(seed, 14, 20))) | {false: new_seed()}
+    assert put_together(shares, 14, commitment, commitment(seed)) == seed
+
+
 def test_sealed_shares_open_only_for_what_they_were_sealed_for() -> None:
     pair, key = new_seed() + new_seed(), derive(b"k")
     sealed = seal(key, pair, "job 1", "a", "b")

@@ -69,3 +69,11 @@ def test_the_threshold_is_scikit_images_and_the_smaller_side_is_the_foreground(s
 
 def test_a_job_whose_cases_it_cannot_take_has_none(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     assert trivial_scores(tiny_job.replace(data__multilabel=True), three_sites, tmp_path) == {}
+
+
+def test_a_site_that_cannot_take_part_is_left_out(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    whole = trivial_scores(tiny_job, three_sites, tmp_path / "whole")
+    for image in sorted((three_sites / "c" / "images").iterdir())[:10]:
+        image.write_bytes(b"broken")
+    left = trivial_scores(tiny_job, three_sites, tmp_path / "left")
+    assert (set(whole["sites"]), set(left["sites"])) == ({"a", "b", "c"}, {"a", "b"})

@@ -11,6 +11,9 @@ import pytest
 
 from shared.config import Job, load_job
 from shared.errors import UserError
+from shared.imaging.dataset import load_dataset
+from shared.samples import read_samples
+from shared.sitefile import read_site
 from simulations import tuning
 from simulations.tuning import Speed, measure, tune
 from tests.conftest import called
@@ -105,3 +108,21 @@ def test_a_process_that_runs_out_of_memory_is_a_batch_that_does_not_fit(
     monkeypatch.setattr(tuning, "_stay_within_memory", little)
     data = tuning._most_images(tiny_job, three_sites, tmp_path)
     assert measure(tiny_job.replace(model__width=512), data) is None
+
+
+def test_a_job_of_several_labels_is_measured_like_any_other(three_sites: Path, tiny_job: Job) -> None:
+    job = tiny_job.replace(data__multilabel=True)
+    site = read_site(three_sites / "c" / "site.toml")
+    assert measure(job, load_dataset(read_samples(site, job), site, job)) is not None
+
+
+def test_a_network_that_normalises_over_a_batch_is_never_given_one_image(
+    three_sites: Path, tiny_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "MOST", 4)
+    file = tmp_path / "job.toml"
+    file.write_text(tiny_job.replace(model__name="resnet18", data__size=32, train__batch_size=4).toml())
+    code, out, errors = called(capsys, "tune", file, "--data", three_sites)
+    assert (code, errors) == (0, "")
+    assert "batch 1:" not in out
+    assert "largest batch that fits: 4" in out

@@ -88,3 +88,12 @@ def test_interrupted_runs_have_ended_when_the_interruption_goes_on(monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         _run_all({"federated": run}, None, pool)
     assert [thread.is_alive() for thread in threads] == [False]
+
+
+def test_a_message_has_its_time_from_when_a_worker_takes_it() -> None:
+    """Two take one worker a second and more; neither of them alone does."""
+    with WorkerPool(app, 1) as pool:
+        grid = grid_of(pool, 2)
+        slow = [messages(grid, slow=1, seconds=0.7)[0] for _ in range(2)]
+        found = list(grid.send_and_receive(slow, timeout=1.0))
+    assert not any(reply.has_error() for reply in found)

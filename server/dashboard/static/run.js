@@ -4,7 +4,8 @@ import {curve, DASHES, draw, escaped, SERIES, spark} from './charts.js';
 import {showGroups, showMatrix, showPoint} from './fair.js';
 import {gridOf} from './grid.js';
 
-const STEPS = {survey: 'before the first round', round: 'training', val: 'validation', test: 'test'};
+const STEPS = {survey: 'before the first round', round: 'training', val: 'validation', test: 'test',
+  personal: 'making its own model', subgroups: 'test by groups of patients'};
 let metric = new URLSearchParams(location.search).get('metric') ?? '';
 
 export const tabs = (id, here) => h('nav', {class: 'tabs', 'aria-label': 'Run'}, [['Course', `/runs/${id}`], ['Model', `/runs/${id}/model`]]

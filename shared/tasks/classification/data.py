@@ -167,12 +167,17 @@ def _from_folders(site: SiteData, job: Job) -> Iterator[Sample]:
     for top in tops if by_split else [site.root]:
         for folder in _folders(top):
             target = class_indices(folder.name, str(folder), site, job)
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_image_name(path)]
+            files = [path for path in sorted(folder.rglob("*")) if is_image_name(path) and _is_shown(path, folder)]
             if not files:
                 raise SiteRefusal("no-data", f"{folder}: the folder of class {folder.name!r} holds no image")
             for path in files:
                 name = path.relative_to(site.root).as_posix()
                 yield make_sample(job, name, target, patient_of(path, name), split_word(top.name) if by_split else None)
+
+
+def _is_shown(path: Path, folder: Path) -> bool:
+    """Whether it is a file, neither hidden nor in a hidden folder: thumbnails, what a Mac leaves beside each file."""
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -188,7 +193,7 @@ def _from_npz(site: SiteData, job: Job) -> Iterator[Sample]:
         except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise SiteRefusal("bad-table", f"{path}: not an npz of labelled images: {error}") from None
         for split, values in labels.items():
-            table = np.asarray(values).reshape(len(values), -1)
+            table = _labels_of(values, f"{path}: {split}_labels")
             if not job.data.multilabel and table.shape[1] != 1:
                 raise SiteRefusal(
                     "bad-table", f"{path}: {split}_labels has {table.shape[1]} columns; set data.multilabel"
@@ -201,6 +206,17 @@ def _from_npz(site: SiteData, job: Job) -> Iterator[Sample]:
                 yield make_sample(job, path.name, target, patient, split, frame=index, key=f"{split}_images")
 
 
+def _labels_of(values: np.ndarray, where: str) -> np.ndarray:
+    """Labels of an npz as whole numbers, (n, columns)."""
+    found = np.asarray(values)
+    if found.ndim not in (1, 2):
+        raise SiteRefusal("bad-table", f"{where}: one label, or one row of labels, for each image is needed")
+    table = found.reshape(len(found), -1) if len(found) else np.zeros((0, 1), int)
+    if table.dtype.kind not in "biuf" or (table.dtype.kind == "f" and (table != np.round(table)).any()):
+        raise SiteRefusal("bad-table", f"{where}: the labels must be the numbers of classes")
+    return table.astype(np.int64)
+
+
 def _class_name(number: int, site: SiteData, job: Job) -> str:
     """The class with that number in the job's order, unless the site maps the number itself."""
     mapped = str(number) in site.label_map or not 0 <= number < len(job.classes)
@@ -211,14 +227,14 @@ def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
     """Every box of a COCO file as an image of its own; all boxes of an image stay on one side of the split."""
     path = site.root / "annotations.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         names = {item["id"]: item["name"] for item in content["categories"]}
         images = {item["id"]: item for item in content["images"]}
         for item in content["annotations"]:
             image = images[item["image_id"]]
             file = f"images/{image['file_name']}" if (site.root / "images").is_dir() else image["file_name"]
             target = class_indices(names[item["category_id"]], f"{path} annotation {item['id']}", site, job)
-            patient = str(image.get("patient", file))
+            patient = str(image.get("patient") or file).strip()
             where = f"{path} annotation {item['id']}"
             split, box = parse_split(image.get("split", ""), where), parse_box(item["bbox"], where)
             yield make_sample(job, file, target, patient, split, box=box)

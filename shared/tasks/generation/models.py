@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.cases import derived_seed
-from shared.config import Job, job_from_flat, nearest
+from shared.config import Job, Scalar, job_from_flat, nearest
 from shared.errors import UserError
 from shared.pretrained import is_file_of_weights, load_weights
+from shared.settings import nothing_shared
 from shared.tasks import Part
 from shared.tasks.classification import models as classification
 from shared.tasks.generation.layers import Modulation, SpectralConv2d, SpectralLinear
@@ -217,6 +218,9 @@ _KEPT = (
 )
 
 
+_BOUNDS = ("max_examples", "max_update_norm", "memory_mb")
+
+
 def reference(job: Job) -> Job:
     """The job of the network in whose features images are compared: a classifier of the same images and classes.
 
@@ -225,23 +229,22 @@ def reference(job: Job) -> Job:
     """
     rounds = job.evaluation.reference_rounds
     flat = {key: value for key, value in job.flat().items() if key.startswith(_KEPT)}
-    own = {
+    own: dict[str, Scalar] = {
         "name": f"{job.name}-reference",
         "task": "classification",
         "model.name": "cnn",
         "model.width": FEATURES // 4,
         "train.learning_rate": 0.001,
         "federation.rounds": rounds,
-        "federation.strategy": "fedavg",
-        "federation.correction": "none",
-        "federation.local": "nothing",
-        "federation.finetune_steps": 0,
         "evaluation.every": rounds,
     }
+    # Whatever the generator's federation does: figures are compared across these, so one network must measure them.
+    # What keeps a broken or secret reply in bounds stays.
+    own |= {key: value for key, value in nothing_shared().items() if key.removeprefix("federation.") not in _BOUNDS}
     if job.privacy.dp != "none":  # what it asks of the one job it asks of the other
         own["train.class_weights"] = "none"
     if job.privacy.dp == "distributed":
-        own["train.optimizer"] = "sgd"
+        own |= {"train.optimizer": "sgd", "federation.weighting": "equal"}
     return job_from_flat(flat | own)
 
 

@@ -84,12 +84,17 @@ def find_objects(mask: np.ndarray) -> np.ndarray:
     if not parts.any():
         return parts
     depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), 1)
-    deepest = np.concatenate([[0], ndimage.maximum(depth, parts, np.arange(1, parts.max() + 1))])
+    deepest = np.zeros(parts.max() + 1)
+    np.maximum.at(deepest, parts[mask], depth[mask])
     cores = _connected(mask & (depth > _CORE * deepest[parts]))
-    objects = _nearest(mask, cores)
-    for number in np.unique(parts[mask & (_nearest(mask, np.where(cores > 0, parts, 0)) != parts)]):
-        part = parts == number  # a part so thin that the core of a neighbour is nearer than its own
-        objects[part] = _nearest(part, np.where(part, cores, 0))[part]
+    nearest = _nearest(cores > 0)
+    objects: np.ndarray = np.where(mask, cores[nearest], 0)
+    boxes = ndimage.find_objects(parts)
+    for number in np.unique(parts[mask & (parts[nearest] != parts)]):
+        box = boxes[number - 1]
+        part = parts[box] == number  # a part so thin that the core of a neighbour is nearer than its own
+        own = np.where(part, cores[box], 0)
+        objects[box][part] = own[_nearest(own > 0)][part]
     return objects
 
 
@@ -99,10 +104,9 @@ def _connected(mask: np.ndarray) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _nearest(mask: np.ndarray, marked: np.ndarray) -> np.ndarray:
-    """For each pixel of the mask the number of the nearest marked pixel; 0 outside."""
-    where = ndimage.distance_transform_edt(marked == 0, return_distances=False, return_indices=True)
-    return np.where(mask, marked[tuple(where)], 0).astype(np.int32)
+def _nearest(marked: np.ndarray) -> tuple[np.ndarray, ...]:
+    """For each pixel where the nearest marked one is, as an index."""
+    return tuple(ndimage.distance_transform_edt(~marked, return_distances=False, return_indices=True))
 
 
 def match_objects(predicted: np.ndarray, truth: np.ndarray) -> Objects:
@@ -134,6 +138,12 @@ def match_objects(predicted: np.ndarray, truth: np.ndarray) -> Objects:
 
 def _numbered(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mask flat with its objects numbered 1, 2, … without gaps, int64, and the size of each in pixels."""
+    if mask.size and 0 <= mask.min() and mask.max() <= mask.size:  # small numbers are counted, which needs no sorting
+        sizes = np.bincount(mask.reshape(-1))
+        there = sizes > 0
+        there[0] = False
+        new = np.where(there, np.cumsum(there), 0)
+        return new[mask.reshape(-1)], sizes[there]
     values, flat, counts = np.unique(mask, return_inverse=True, return_counts=True)
     if len(values) and values[0] == 0:
         return flat.reshape(-1).astype(np.int64), counts[1:]

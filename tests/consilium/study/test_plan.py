@@ -60,7 +60,7 @@ def test_every_combination_is_a_cell_and_baselines_are_run_once_for_each_seed_an
         "weighting equal, none",
         "weighting equal, epsilon 8",
     )
-    assert found.levels["weighting equal, epsilon 8"] == "local, epsilon 8"
+    assert found.levels[found.settings[0], "weighting equal, epsilon 8"] == "local, epsilon 8"
     baselines = {cell.id: cell for cell in found.cells if cell.kind == BASELINES}
     for cell in found.cells:
         if cell.kind == FEDERATED:
@@ -161,3 +161,31 @@ def test_several_data_sets_have_settings_of_their_own(tmp_path: Path) -> None:
     sets = "[[dataset]]\nname = 'x'\njob = 'j.toml'\ndata = 'd'\n[[dataset]]\nname = 'y'\njob = 'j.toml'\ndata = 'd'\n"
     found = plan(tmp_path, sets + "'model.width' = 8\n", head=head)
     assert {cell.setting: cell.job.model.width for cell in found.cells} == {"x": 24, "y": 8}
+
+
+def test_what_cannot_be_compared_or_told_apart_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "j.toml").write_text(JOB)
+    with pytest.raises(UserError, match=r"evaluation\.best_metric cannot be compared"):
+        plan(tmp_path, "[grid]\n'evaluation.best_metric' = ['auroc', 'loss']\n")
+    one = "[[dataset]]\nname = 'chest'\njob = 'j.toml'\ndata = 'd'\n"
+    with pytest.raises(UserError, match="have one name"):
+        plan(tmp_path, one * 2, head="")
+
+
+def test_each_data_set_has_the_level_of_privacy_of_its_own_job(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(
+        JOB + "[privacy]\ndp = 'local'\nepsilon = 8.0\n[train]\nclass_weights = 'none'\n"
+    )
+    sets = "".join(f"[[dataset]]\nname = '{n}'\njob = '{j}.toml'\ndata = 'd'\n" for n, j in (("open", "j"), ("hid", "p")))
+    found = plan(tmp_path, "[grid]\n'federation.strategy' = ['fedavg', 'fedprox']\n" + sets, head="")
+    assert {found.levels["open", name] for name in found.methods} == {""}
+    assert {found.levels["hid", name] for name in found.methods} == {"local, epsilon 8"}
+
+
+def test_a_buffered_federation_is_held_against_models_of_as_many_steps_as_its_own(tmp_path: Path) -> None:
+    found = plan(tmp_path, "[grid]\n'federation.strategy' = ['fedavg', 'fedbuff']\n")
+    baselines = {cell.id: cell.job.federation for cell in found.cells if cell.kind == BASELINES}
+    own = {cell.method: baselines[cell.baseline] for cell in found.cells if cell.kind == FEDERATED}
+    assert {name: job.order for name, job in own.items()} == {
+        name: "buffered" if "fedbuff" in name else "parallel" for name in own
+    }

@@ -44,7 +44,7 @@ def wobble(a: float, b: float, seeds: int = 4) -> list[Sites]:
 def found(*groups: list[Row], levels: dict[str, str] | None = None, about: str = "") -> Found:
     methods = tuple(dict.fromkeys(row.method for group in groups for row in group))
     methods = tuple(name for name in methods if name not in (POOLED, ALONE, TRIVIAL))
-    given = dict.fromkeys(methods, "") | (levels or {})
+    given = {(SETTING, method): (levels or {}).get(method, "") for method in methods}
     plan = Plan("study", (SETTING,), methods, given, SEEDS, None, ())
     every = tuple(row for group in groups for row in group)
     return Found(plan, every, (), {SETTING: about} if about else {}, {SETTING: "image"}, {}, {})

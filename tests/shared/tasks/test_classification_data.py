@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -424,3 +425,50 @@ def test_the_real_blood_cells_are_as_many_as_their_source_says(
         found = {Path(sample.path).name for sample in samples if sample.split == split}
         assert found == {item["file_name"] for item in content["images"] if item["id"] in with_cells} & listed
     assert all((folder / sample.path).is_file() for sample in samples[::50])
+
+
+# --- as hospitals write them ------------------------------------------------------------------------------------------
+
+
+def test_a_blank_beside_a_patient_makes_no_second_one(tmp_path: Path, job: Job) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name)
+    site = table(tmp_path, "path,label,patient\na.png,left,P017\nb.png,left,P017 \nc.png,right, \n")
+    assert [sample.patient for sample in read_samples(site, job)] == ["P017", "P017", "c.png"]
+
+
+def test_hidden_files_and_folders_in_class_folders_are_no_images(tmp_path: Path, job: Job) -> None:
+    site = folders(tmp_path, 2)
+    before = read_samples(site, job)
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+    (folder / "._0.png").write_bytes(b"what a Mac leaves")
+    (folder / ".thumbnails").mkdir()
+    picture(folder / ".thumbnails" / "x.png")
+    assert read_samples(site, job) == before
+
+
+@pytest.mark.parametrize("empty", [np.zeros(0), np.zeros((0, 1), int)])
+def test_an_array_file_may_have_an_empty_split(tmp_path: Path, job: Job, empty: np.ndarray) -> None:
+    images = np.zeros((2, 4, 4), np.uint8)
+    np.savez(tmp_path / "data.npz", train_images=images, train_labels=[0, 1], val_images=images[:0], val_labels=empty)
+    assert [sample.split for sample in read_samples(SiteData("s", tmp_path), job)] == ["train", "train"]
+
+
+@pytest.mark.parametrize("labels", [["left", "right"], [0.7, 0.0], [math.nan, 0.0], [[[0]], [[1]]], 3])
+def test_labels_of_an_array_that_are_no_numbers_of_classes_are_refused(tmp_path: Path, job: Job, labels: Any) -> None:
+    np.savez(tmp_path / "data.npz", train_images=np.zeros((2, 4, 4), np.uint8), train_labels=np.array(labels))
+    found = refusal(SiteData("s", tmp_path), job)
+    assert found.code == "bad-table"
+    assert "train_labels" in str(found)
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_image_of_a_coco_file_without_a_patient_stands_for_itself(tmp_path: Path, job: Job, empty: Any) -> None:
+    site = coco(tmp_path)
+    file = tmp_path / "annotations.json"
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image["patient"] = empty
+    file.write_text(json.dumps(content), encoding="utf-8-sig")  # with a mark in front, as Windows writes
+    found = read_samples(site, job)
+    assert {sample.patient for sample in found} == {sample.path for sample in found}
