@@ -45,7 +45,7 @@ mutants: $(VENV)/test
 
 # The documentation as a site that opens without a network: site/index.html.
 docs: $(VENV)/test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo site/index.html
 
 # Asks the public database of advisories about the tested set, and writes what is installed as a CycloneDX bill of materials.

@@ -1,21 +1,21 @@
 """The site's own rules, [privacy] of its site.toml: what a job must grant before anything is trained or leaves.
 
-[privacy]
-require_dp = true                  # only jobs with differential privacy
-max_epsilon = 8.0                  # most that may ever be spent on these images, by all runs together; 0 is no limit
-max_delta = 1e-5                   # largest delta a job may use; this is the default where max_epsilon is set
-unit = "patient"                   # who must be protected: one image, or all images of a patient
-min_patients = 20                  # with fewer training patients the site takes no part
-metrics = "all"                    # or the names of all that may be computed of what leaves; a job with more is refused
-subgroups = "sex, age"             # test figures may be told by these, if a job asks; "all"; "" for none
-min_cell = 5                       # no count of 1 to 4 images of a class leaves
-exact_counts = false               # the number of training images does not leave, declared_images stands for it
-declared_images = 400
-allow_shared_noise = false         # whether noise shared among the sites (dp = "distributed") is enough for require_dp
-require_secure_aggregation = true  # the site's model leaves only masked
-max_update_norm = 10.0             # no larger change of the model leaves; 0 is no limit
-cryptographic_noise = true         # noise from the operating system's cryptographic generator; slower
-audit_in_model_card = false        # whether the figures of `consilium audit` may stand in the model's card
+    [privacy]
+    require_dp = true               # only jobs with differential privacy
+    max_epsilon = 8.0               # most that may ever be spent on these images, by all runs; 0: no limit
+    max_delta = 1e-5                # largest delta a job may use; this is the default where max_epsilon is set
+    unit = "patient"                # who must be protected: one image, or all images of a patient
+    min_patients = 20               # with fewer training patients the site takes no part
+    metrics = "all"                 # or names of all that may be computed; a job with more is refused
+    subgroups = "sex, age"          # test figures may be told by these, if a job asks; "all"; "" for none
+    min_cell = 5                    # no count of 1 to 4 images of a class leaves
+    exact_counts = false            # the number of training images does not leave, declared_images stands for it
+    declared_images = 400
+    allow_shared_noise = false      # whether noise shared among the sites is enough for require_dp
+    require_secure_aggregation = true# the site's model leaves only masked
+    max_update_norm = 10.0          # no larger change of the model leaves; 0 is no limit
+    cryptographic_noise = true      # noise from the operating system's cryptographic generator; slower
+    audit_in_model_card = false     # whether the figures of `consilium audit` may stand in the model's card
 
 A job may grant more than a site asks, never less: it is then refused by that site alone, before any training, with a
 code that names the rule. What the site does not say is as the defaults of ``shared.sitefile.PRIVACY``.

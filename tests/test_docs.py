@@ -45,7 +45,7 @@ def test_every_command_of_the_first_steps_runs_as_typed(name: str, root: Path, t
 def test_the_site_builds_without_a_broken_link_and_fetches_nothing(root: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
         cwd=root,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(root)},
         capture_output=True,

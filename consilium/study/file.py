@@ -1,25 +1,25 @@
 """STUDY.toml, as a person writes it: which jobs are run on which data with which settings and seeds.
 
-job = "jobs/pneumonia.toml"       # paths are relative to this file
-data = "pneumonia"                # relative to --data where that is given, else to this file
-seeds = [0, 1, 2]
-[grid]                            # every combination of these values is a method
-"federation.strategy" = ["fedavg", "fedprox"]
-[[variant]]                       # or methods by name, each a set of settings; both may be given
-name = "slow"
-"train.learning_rate" = 0.001
-[[partition]]                     # who has which images
-name = "Dirichlet 0.1"
-"data.partition_alpha" = 0.1
-[[privacy]]                       # levels of privacy
-name = "epsilon 8"
-"privacy.dp" = "local"
-"privacy.epsilon" = 8.0
-[[dataset]]                       # several data sets: instead of job and data above
-name = "nuclei"
-job = "jobs/nuclei.toml"
-data = "nuclei"
-"model.width" = 8                 # settings of this data set
+    job = "jobs/pneumonia.toml"       # paths are relative to this file
+    data = "pneumonia"                # relative to --data where that is given, else to this file
+    seeds = [0, 1, 2]
+    [grid]                            # every combination of these values is a method
+    "federation.strategy" = ["fedavg", "fedprox"]
+    [[variant]]                       # or methods by name, each a set of settings; both may be given
+    name = "slow"
+    "train.learning_rate" = 0.001
+    [[partition]]                     # who has which images
+    name = "Dirichlet 0.1"
+    "data.partition_alpha" = 0.1
+    [[privacy]]                       # levels of privacy
+    name = "epsilon 8"
+    "privacy.dp" = "local"
+    "privacy.epsilon" = 8.0
+    [[dataset]]                       # several data sets: instead of job and data above
+    name = "nuclei"
+    job = "jobs/nuclei.toml"
+    data = "nuclei"
+    "model.width" = 8                 # settings of this data set
 
 Further keys: ``name``; ``redraw = true``, each seed deals the images out anew; ``target``, the validation figure that
 rounds and bytes are counted to, default .98 of the pooled model's; ``[set]``, settings of every cell.

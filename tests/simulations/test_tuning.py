@@ -117,7 +117,11 @@ def test_a_job_of_several_labels_is_measured_like_any_other(three_sites: Path, t
 
 
 def test_a_network_that_normalises_over_a_batch_is_never_given_one_image(
-    three_sites: Path, tiny_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    three_sites: Path,
+    tiny_job: Job,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tuning, "MOST", 4)
     file = tmp_path / "job.toml"

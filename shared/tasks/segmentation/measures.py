@@ -138,7 +138,7 @@ def match_objects(predicted: np.ndarray, truth: np.ndarray) -> Objects:
 
 def _numbered(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mask flat with its objects numbered 1, 2, … without gaps, int64, and the size of each in pixels."""
-    if mask.size and 0 <= mask.min() and mask.max() <= mask.size:  # small numbers are counted, which needs no sorting
+    if mask.size and mask.min() >= 0 and mask.max() <= mask.size:  # small numbers are counted, which needs no sorting
         sizes = np.bincount(mask.reshape(-1))
         there = sizes > 0
         there[0] = False

@@ -173,10 +173,9 @@ def test_what_cannot_be_compared_or_told_apart_is_refused(tmp_path: Path) -> Non
 
 
 def test_each_data_set_has_the_level_of_privacy_of_its_own_job(tmp_path: Path) -> None:
-    (tmp_path / "p.toml").write_text(
-        JOB + "[privacy]\ndp = 'local'\nepsilon = 8.0\n[train]\nclass_weights = 'none'\n"
-    )
-    sets = "".join(f"[[dataset]]\nname = '{n}'\njob = '{j}.toml'\ndata = 'd'\n" for n, j in (("open", "j"), ("hid", "p")))
+    (tmp_path / "p.toml").write_text(JOB + "[privacy]\ndp = 'local'\nepsilon = 8.0\n[train]\nclass_weights = 'none'\n")
+    jobs = {"open": "j", "hid": "p"}
+    sets = "".join(f"[[dataset]]\nname = '{name}'\njob = '{job}.toml'\ndata = 'd'\n" for name, job in jobs.items())
     found = plan(tmp_path, "[grid]\n'federation.strategy' = ['fedavg', 'fedprox']\n" + sets, head="")
     assert {found.levels["open", name] for name in found.methods} == {""}
     assert {found.levels["hid", name] for name in found.methods} == {"local, epsilon 8"}
