@@ -12,7 +12,7 @@
     exact_counts = false            # the number of training images does not leave, declared_images stands for it
     declared_images = 400
     allow_shared_noise = false      # whether noise shared among the sites is enough for require_dp
-    require_secure_aggregation = true# the site's model leaves only masked
+    require_secure_aggregation = true  # the site's model leaves only masked
     max_update_norm = 10.0          # no larger change of the model leaves; 0 is no limit
     cryptographic_noise = true      # noise from the operating system's cryptographic generator; slower
     audit_in_model_card = false     # whether the figures of `consilium audit` may stand in the model's card

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from client.check import check_site
+from client.policy import read_policy
 from client.preflight import Finding, Level, after, before, verdict
 from client.preflight_machine import GpuFacts, disk, gpu, look_at_gpu, shared_memory
 from client.preflight_rules import images, key_file, privacy
@@ -407,3 +408,20 @@ def test_levels_are_words_first_and_colours_second() -> None:
     assert found.styled()[0].startswith("\x1b[31m\x1b[1mSTOP\x1b[0m")
     assert verdict([found]).startswith("REFUSED: clock")
     assert verdict([found._replace(level=ATTENTION)]) == "FIT to join"
+
+
+@pytest.mark.parametrize(("more", "told"), [("", True), ("require_dp = true\n", False)])
+def test_a_limit_that_counts_only_private_jobs_is_said(more: str, told: bool, tmp_path: Path, tiny_job: Job) -> None:
+    file = write_site(tmp_path / "a", "a", 80)
+    file.write_text(file.read_text() + f"[privacy]\nmax_epsilon = 100.0\nmax_delta = 1e-3\n{more}")
+    private = {"privacy__dp": "local", "privacy__epsilon": 8.0, "privacy__delta": 1e-3, "train__class_weights": "none"}
+    found = found_in(file, tiny_job.replace(**private), tmp_path / "job.toml")
+    assert ("privacy budget" in found) is told
+
+
+def test_no_metric_is_no_rule_and_a_mark_of_windows_editors_no_fault(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"privacy\.metrics = ''"):
+        read_policy(rules(tmp_path, "[privacy]\nmetrics = ''\n"))
+    file = rules(tmp_path, "[privacy]\nmin_cell = 7\n")
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert read_policy(file).min_cell == 7

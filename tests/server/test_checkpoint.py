@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from server import rounds
 from server.checkpoint import Best, Checkpoint, State
-from server.rounds import Run
+from server.rounds import Run, RunFailed
 from server.store import Store, read_events
 from shared.config import Job
 from shared.errors import UserError
@@ -94,16 +95,16 @@ def at(moment: str, number: int) -> Callable[[pytest.MonkeyPatch], None]:
     """Kill the run in round ``number``: before its training, after it, or before its state is renamed into place."""
 
     def arm(monkeypatch: pytest.MonkeyPatch) -> None:
-        kind = {"train": "train_round", "evaluate": "evaluate"}.get(moment)
-        if kind:
-            whole = getattr(Run, kind)
+        places: dict[str, tuple[object, str]] = {"train": (Run, "train_round"), "evaluate": (rounds, "evaluate")}
+        if moment in places:
+            whole = getattr(*places[moment])
 
             def stops(run: Run, first: object, count: object, *rest: object) -> object:
                 if count == number:
                     raise Killed
                 return whole(run, first, count, *rest)
 
-            monkeypatch.setattr(Run, kind, stops)
+            monkeypatch.setattr(*places[moment], stops)
         else:
             save = Checkpoint.save
 
@@ -117,12 +118,25 @@ def at(moment: str, number: int) -> Callable[[pytest.MonkeyPatch], None]:
     return arm
 
 
-@pytest.mark.parametrize("moment", ["train", "evaluate", "save"])
-@pytest.mark.parametrize("number", [1, 2, 4])
+SECURE = {"privacy__secure_aggregation": True, "federation__max_update_norm": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "more"),
+    [*((moment, number, {}) for moment in ("train", "evaluate", "save") for number in (1, 2, 4)),
+     ("evaluate", 2, SECURE), ("evaluate", 4, SECURE)],
+)  # fmt: skip
 def test_a_run_that_was_killed_and_resumed_is_the_same_to_the_bit(
-    moment: str, number: int, three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str,
+    number: int,
+    more: dict[str, Any],
+    three_sites: Path,
+    tiny_job: Job,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = tiny_job.replace(federation__rounds=4, train__keep_optimizer=True)
+    """Sites do no round of secure aggregation twice, so there the state is written before the model is judged."""
+    job = tiny_job.replace(federation__rounds=4, train__keep_optimizer=True, **more)
     with WorkerPool("client.app:app", 1) as pool:
         play(pool, three_sites, job, tmp_path / "whole")
         with monkeypatch.context() as patch:
@@ -159,3 +173,16 @@ def test_of_a_round_done_again_the_last_counts_and_is_counted(tmp_path: Path) ->
         (1, 1.0, 0),
         (2, 4.0, 2),
     ]
+
+
+def test_a_secure_round_that_was_unmasked_and_lost_is_not_done_again(
+    three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job.replace(federation__rounds=3, federation__min_sites=3, **SECURE)
+    with WorkerPool("client.app:app", 1) as pool:
+        with monkeypatch.context() as patch:
+            at("save", 2)(patch)
+            with pytest.raises(Killed):
+                play(pool, three_sites, job, tmp_path / "broken")
+        with pytest.raises(RunFailed, match="wrong-round"):
+            play(pool, three_sites, job, tmp_path / "broken", resume=True)

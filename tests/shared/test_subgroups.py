@@ -23,7 +23,7 @@ def test_the_usual_groups_need_no_values() -> None:
         ("sex", "female", "F"), ("sex", "M", "M"), ("sex", "männlich", "M"), ("sex", "O", OTHER), ("sex", "", OTHER),
         ("age", "17.9", "<18"), ("age", "18", "18-39"), ("age", "64", "40-64"), ("age", "65", ">=65"),
         ("age", "unknown", OTHER), ("age", "-3", OTHER), ("age", "999", OTHER), ("age", "nan", OTHER),
-        ("age=50", "49.99", "<50"), ("age=50", "50", ">=50"),
+        ("age", "045Y", "40-64"), ("age", "006M", "<18"), ("age=50", "49.99", "<50"), ("age=50", "50", ">=50"),
         ("scanner=Siemens|GE Medical", "SIEMENS Healthineers Ysio", "Siemens"), ("scanner=Siemens|GE", "Agfa", OTHER),
         ("smoker=yes|no", "YES", "yes"), ("smoker=yes|no", "yes and no", OTHER),
     ],

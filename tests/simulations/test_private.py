@@ -168,15 +168,16 @@ def test_shared_noise_adds_up_to_what_was_promised(three_sites: Path, tiny_job: 
     assert 0 <= spent["epsilon"] - pld((3.0, 1e-4, 1), delta=1e-3) <= 0.015
 
 
+@pytest.mark.parametrize("clipping", ["fixed", "adaptive"])
 def test_the_server_noises_whole_sites_and_says_what_it_promised(
-    three_sites: Path, tiny_job: Job, tmp_path: Path
+    clipping: str, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
     noise = noise_for(20.0, 1e-3, 1.0, 3, "prv")
     job = tiny_job.replace(
         privacy__dp="central",
         privacy__epsilon=20.0,
         privacy__delta=1e-3,
-        privacy__central_clipping="fixed",
+        privacy__central_clipping=clipping,
         train__class_weights="none",
     )
     scores = run(job, three_sites, tmp_path / "run", workers=1).scores["federated"]

@@ -209,3 +209,15 @@ def test_tables_hold_every_row_and_nothing_from_a_name_becomes_markup() -> None:
 
 def test_bytes_are_told_in_the_unit_that_fits() -> None:
     assert [size(n) for n in (12, 1500, 12_340_000, 5.1e9)] == ["12 B", "1.5 kB", "12.3 MB", "5.1 GB"]
+
+
+def test_of_a_method_of_which_too_little_is_known_it_is_not_said_that_it_spares_the_hospitals() -> None:
+    case = found(
+        rows(ALONE, wobble(0.80, 0.95), value=math.nan),
+        rows("common", wobble(0.95, 0.90), bump=0.01),
+        rows("once", wobble(0.90, 0.95, seeds=1)),
+    )
+    (one,) = verdicts(case)
+    assert one.method == "common"
+    assert one.hospitals[0].startswith("Worse off")
+    assert not any("once" in line for line in one.hospitals)
