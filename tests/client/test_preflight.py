@@ -364,7 +364,7 @@ def test_a_site_that_may_join_ends_with_fit_and_0(member: Path, tmp_path: Path, 
     titles = [line[12:].split(":")[0] for line in lines if line.startswith(("OK", "ATTENTION", "STOP"))]
     assert [title for title in titles if not title.startswith("shared memory")] == [
         *("privacy rules", "graphics card", "key of this site", "authority", "server", "server's certificate", "clock"),
-        *("versions", "images", "classes", "this job under your rules", "disk"),
+        *("versions", "images", "classes", "privacy budget", "this job under your rules", "disk"),
     ]
     assert not any(line.startswith("STOP") for line in lines)
     assert good.asked == ["GET /consilium"]
