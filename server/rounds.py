@@ -109,9 +109,8 @@ class Run:
         try:
             arrays = self._train_all(exchanged(self.model, job))
             result = self._finish(arrays, time.monotonic() - started)
-        except Exception as failure:
-            told = isinstance(failure, RunFailed | UserError)
-            self.store.add("failed", reason=str(failure) if told else f"an error of ours, {type(failure).__name__}")
+        except (RunFailed, UserError) as failure:
+            self.store.add("failed", reason=str(failure))
             raise
         self.store.add("finish", seconds=round(time.monotonic() - started, 3))
         return result
