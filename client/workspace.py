@@ -85,7 +85,10 @@ def open_workspace(node: dict[str, Scalar], run: dict[str, Scalar], job: Job) ->
 
 def look_again(node: dict[str, Scalar], run: dict[str, Scalar]) -> None:
     """From now on look at the node's tables and files anew, as a run begins: a patient may have been taken out."""
-    _looked[str(find_sites(node, run)[1])] += 1
+    home = str(find_sites(node, run)[1])
+    _looked[home] += 1
+    if _looked[home] > 1:  # what an earlier run opened is not asked for again
+        _open_data.cache_clear()
 
 
 def times_looked(home: Path) -> int:
