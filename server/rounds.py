@@ -34,7 +34,7 @@ from shared import __version__
 from shared.config import Job
 from shared.errors import UserError
 from shared.imaging.dataset import Dataset
-from shared.intervals import NOTHING
+from shared.intervals import NOTHING, Estimate
 from shared.tasks import TASKS, Sums, load_task
 from shared.training import pick_device
 from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names
@@ -129,7 +129,7 @@ class Run:
             if self.central is not None:
                 self.central.bound, self.central.rounds = self.resumed.more["central"]
             if self.resumed.more.get("due"):
-                self._keep_best(done, arrays)
+                self._keep_best(done, arrays, evaluate(self, arrays, done, "val"))
         else:
             totals = [sum(column) for column in zip(*(place.classes for place in self.places), strict=True)]
             weights = [float(weight) for weight in self.task.class_weights(totals, job)]
@@ -143,7 +143,7 @@ class Run:
             if number % job.evaluation.every == 0 or number == job.federation.rounds:
                 if job.privacy.secure_aggregation:  # its sites do no round twice, so none may be lost in what follows
                     self._save(number, arrays, due=True)
-                self._keep_best(number, arrays)
+                self._keep_best(number, arrays, evaluate(self, arrays, number, "val"))
             self._save(number, arrays)
         self.buffered.forget()
         return arrays
@@ -155,10 +155,10 @@ class Run:
         state = State(number, arrays, self.best, more, self.algorithm.held | self.line.held())
         self.checkpoint.save(state, self._facts(number))
 
-    def _keep_best(self, number: int, arrays: Arrays) -> None:
-        """Evaluate. Strictly better by the job's metric, in its direction, replaces the best; of equals the earlier."""
+    def _keep_best(self, number: int, arrays: Arrays, metrics: dict[str, Estimate]) -> None:
+        """Strictly better by the job's metric, in its direction, replaces the best; the earlier of equals stays."""
         metric = self.job.best_metric
-        value = evaluate(self, arrays, number, "val").get(metric, NOTHING).value
+        value = metrics.get(metric, NOTHING).value
         if not better(value, self.best.value, TASKS[self.job.task].metrics[metric]):
             return
         self.best = Best(number, value, arrays)

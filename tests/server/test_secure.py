@@ -53,6 +53,9 @@ def model(seed: int) -> Before:
     }
 
 
+_runs = itertools.count(1)
+
+
 class Federation:
     """Sites that answer by ``client.secure``; ``lost`` gives the stage (0 to 3) from which a site is silent."""
 
@@ -63,7 +66,8 @@ class Federation:
         names = [f"s{number:02}" for number in range(count)]
         self.places = [Place(n, name, {"train": 10 + 3 * n}, [], 0) for n, name in enumerate(names, start=1)]
         self.models = {name: model(number) for number, name in enumerate(names, start=100)}
-        self.contexts = {n: Context(1, n, {}, RecordDict(), {}) for n in range(1, count + 1)}
+        run = next(_runs)  # a site remembers of a run in which round it told its shares
+        self.contexts = {n: Context(run, n, {}, RecordDict(), {}) for n in range(1, count + 1)}
         self.before = model(7)
         self.sent: dict[str, dict[str, RecordDict]] = {stage: {} for stage in STAGES}
 
@@ -86,7 +90,7 @@ class Federation:
             "train.masked": secure.masked(self.train(place)),
             "train.unmask": secure.unmask,
         }[kind]
-        workspace = Workspace(place.name, self.home, Dataset.of(()), POLICY, {})
+        workspace = Workspace(place.name, self.home / place.name, Dataset.of(()), POLICY, {})
         try:
             content = stage(message, self.contexts[place.node], self.job, workspace)
             content["status"] = ConfigRecord({"site": place.name, "ok": True, "code": ""})
