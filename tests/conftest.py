@@ -7,9 +7,10 @@ import importlib
 import locale
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,15 @@ def save_run(folder: Path, job: Job, **facts: str) -> Path:
     known = {"job": job.sha256, "round": "1", "version": __version__, "model": job.model.name}
     write_model(folder / "model.safetensors", exchanged(model, job), known | facts)
     return folder
+
+
+# Networks of which one test of all takes as long as those of all others: their turns are slow tests.
+LARGE = ("vgg16", "fasterrcnn_resnet50", "fcn_resnet50", "retinanet")
+
+
+def by_size(pairs: Iterable[tuple[str, str]]) -> list[Any]:
+    """Tasks and networks as parameters, those of large networks marked slow."""
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] in LARGE), id="-".join(pair)) for pair in pairs]
 
 
 def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:

@@ -25,7 +25,7 @@ from shared.norms import without_batch_norm
 from shared.tasks import TASKS, load_task
 from shared.training import set_mode
 from shared.weights import exchanged
-from tests.conftest import examples
+from tests.conftest import by_size, examples
 
 CPU = torch.device("cpu")
 EVERY = [(task, name) for task in TASKS for name in load_task(task).MODELS]
@@ -105,7 +105,7 @@ def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) / scale
 
 
-@pytest.mark.parametrize(("task", "name"), EVERY)
+@pytest.mark.parametrize(("task", "name"), by_size(EVERY))
 def test_gradients_of_single_units_are_those_of_the_slow_way(task: str, name: str) -> None:
     case = Case(task, name, n=2)
     model = case.model()
@@ -132,7 +132,9 @@ def test_volumes_one_by_one_have_the_gradients_of_torchs_own_convolutions() -> N
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in volumes), "as it was again"
 
 
-@pytest.mark.parametrize(("task", "name"), [pair for pair in EVERY if pair not in RANDOM and pair[0] != "detection"])
+@pytest.mark.parametrize(
+    ("task", "name"), by_size(pair for pair in EVERY if pair not in RANDOM and pair[0] != "detection")
+)
 def test_no_case_has_a_part_in_anothers_loss(task: str, name: str) -> None:
     """The gradient of the loss of a whole batch is the mean of the single ones."""
     case = Case(task, name, n=3)
@@ -166,7 +168,7 @@ def test_hooks_give_the_gradients_of_the_slow_way(task: str, name: str) -> None:
     assert not any("opacus" in type(module).__module__ for module in model.modules())
 
 
-@pytest.mark.parametrize(("task", "name"), EVERY)
+@pytest.mark.parametrize(("task", "name"), by_size(EVERY))
 def test_one_case_more_changes_the_sum_by_no_more_than_the_bound(task: str, name: str) -> None:
     bound = 0.01  # far below the gradients', so that it binds
     case = Case(task, name, n=3, privacy__sampling_rate=1.0, privacy__clipping_norm=bound)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from shared.config import Job
+from tests.conftest import called
 
 CONSILIUM = Path(sys.executable).parent / "consilium"
 
@@ -106,13 +107,15 @@ def broken(kind: str, sites: Path) -> tuple[list[str], str]:
         "class folder empty", "absent files", "out is where we are", "same name twice", "site file wrong", "no sites",
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(kind: str, job_file: Path, three_sites: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    kind: str, job_file: Path, three_sites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extra, named = broken(kind, three_sites)
-    done = consilium("simulate", job_file, "--data", three_sites, "--out", tmp_path / "o", *extra)
-    assert done.returncode == 2, done.stderr + done.stdout
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("consilium: ")
-    assert named in done.stderr
+    code, out, said = called(capsys, "simulate", job_file, "--data", three_sites, "--out", tmp_path / "o", *extra)
+    assert code == 2, out + said
+    assert said.count("\n") == 1, said
+    assert said.startswith("consilium: ")
+    assert named in said
 
 
 def test_missing_files_are_one_line_and_exit_code_2(job_file: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared.config import Job
+from tests.conftest import called
 
 
 def consilium(*words: object) -> tuple[int, str]:
@@ -54,8 +55,10 @@ def job(tmp_path: Path) -> Path:
         (["site", "approve", "/nowhere/site.toml"], "site.toml"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], hint: str, folder: Path, job: Path) -> None:
-    code, said = consilium(*[{"JOB": job, "DIR": folder}.get(word, word) for word in words])
+def test_a_mistake_is_one_line(
+    words: list[str], hint: str, folder: Path, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, said = called(capsys, *[{"JOB": job, "DIR": folder}.get(word, word) for word in words])
     assert code == 2
     assert hint in said
 

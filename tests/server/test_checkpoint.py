@@ -123,7 +123,7 @@ SECURE = {"privacy__secure_aggregation": True, "federation__max_update_norm": 50
 
 @pytest.mark.parametrize(
     ("moment", "number", "more"),
-    [*((moment, number, {}) for moment in ("train", "evaluate", "save") for number in (1, 2, 4)),
+    [*((moment, number, {}) for moment in ("train", "evaluate", "save") for number in (1, 4)),
      ("evaluate", 2, SECURE), ("evaluate", 4, SECURE)],
 )  # fmt: skip
 def test_a_run_that_was_killed_and_resumed_is_the_same_to_the_bit(

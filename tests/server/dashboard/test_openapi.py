@@ -30,6 +30,7 @@ def api(store: Path) -> Iterator[FastAPI]:
         yield app
 
 
+@pytest.mark.slow
 def test_nothing_ends_in_a_server_error(api: FastAPI) -> None:
     asked: Counter[str] = Counter()
 

@@ -30,6 +30,7 @@ from shared.tasks import TASKS, Sums, add_sums, load_task
 from shared.training import make_optimizer, train
 from shared.weights import digest, exchanged, exchanged_names, frozen_digest, home_names, put, trained_names
 from simulations.simulate import run
+from tests.conftest import by_size
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def case(task: str, name: str, **more: Any) -> Case:
     return Case(job, load_task(task), module)
 
 
-@pytest.fixture(params=EVERY, ids=lambda pair: "-".join(pair))
+@pytest.fixture(params=[pytest.param(one.values, marks=one.marks, id=one.id) for one in by_size(EVERY)])
 def every(request: pytest.FixtureRequest) -> Case:
     return case(*request.param)
 
@@ -239,7 +240,7 @@ def flat(value: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "name"), EVERY)
+@pytest.mark.parametrize(("task", "name"), by_size(EVERY))
 def test_every_model_trains_a_federated_round(task: str, name: str, tmp_path: Path) -> None:
     """Real files, real worker processes, the real server: two sites, one round, figures from both."""
     every = case(task, name, federation__rounds=1, evaluation__every=1, evaluation__reference_rounds=1)
