@@ -37,6 +37,7 @@ COMMON = {
     "train.device": "cpu", "train.weight_decay": 0.0,
 }  # fmt: skip
 PRIVATE = {
+    "data.max_per_class": 0,  # refused with privacy; all train on the images that COMMON reads
     "privacy.dp": "local", "privacy.delta": 1e-4, "privacy.sampling_rate": 0.25, "privacy.gradients": "hooks",
     "train.optimizer": "sgd", "train.learning_rate": 1.0, "train.momentum": 0.0, "train.batch_size": 64,
 }  # fmt: skip
@@ -78,11 +79,13 @@ def main(folder: str, seed: str = "0") -> None:
     print("| training | noise | accuracy, train / test | loss threshold, AUC | LiRA, AUC | LiRA, TPR at 1 % FPR |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
+        first = job_from_flat(COMMON | {"seed": int(seed)})
+        site = read_site(find_sites(Path(folder), first, Path(work))[0])
+        data = load_dataset(read_samples(site, first), site, first)
         for name, settings in SETTINGS.items():
             started, job = time.monotonic(), job_from_flat(settings | {"seed": int(seed)})
-            site = read_site(find_sites(Path(folder), job, Path(work))[0])
             noise = job_noise(job) if name.startswith("epsilon") else 0.0
-            cells = measure(job, load_dataset(read_samples(site, job), site, job), noise)
+            cells = measure(job, data, noise)
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
 

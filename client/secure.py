@@ -251,6 +251,8 @@ def unmask(message: Message, context: Context, job: Job, workspace: Workspace) -
     if state.stage == UNMASKED and arrived != state.arrived:
         raise SiteRefusal("changed-survivors", "asked a second time about other survivors of the round")
     if state.stage == MASKED:
+        if state.round <= _revealed(context, job, workspace):  # a resumed run was faster
+            raise SiteRefusal("wrong-round", f"shares of round {state.round} were revealed to another attempt")
         _checked(arrived, me, _needed(state, job), state.sharing)
         sealed: dict[str, bytes] = dict(zip(asked["senders"], asked["sealed"], strict=True))  # type: ignore[arg-type]
         pairs = _opened(state, me, sealed)

@@ -9,6 +9,7 @@ all, further groups are left out until the rest is either empty or large enough 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -98,5 +99,6 @@ def _table(file: Path, paths: Sequence[str]) -> dict[str, dict[str, str]]:
 def _header(path: Path) -> dict[str, str]:
     """``sex``, ``age`` and ``scanner`` of a DICOM file, or of the first in a folder."""
     if path.is_dir():
-        path = next(iter(slice_files(path)), path)
+        with contextlib.suppress(OSError):
+            path = next(iter(slice_files(path)), path)
     return patient_words(path)

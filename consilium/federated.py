@@ -14,7 +14,7 @@ from typing import Any
 
 from consilium.progress import showing
 from server.card import write_card
-from server.control import Control, Status
+from server.control import Control, Status, UnknownRun
 from server.database.engine import open_database, without_password
 from server.federation import Folder
 from server.report import write_report
@@ -27,6 +27,7 @@ from shared.tasks import load_task
 from simulations.result import Result
 
 POLL = 1.0  # seconds between looks at a run
+PATIENCE = 5  # looks in vain before the server counts as away
 
 
 class Runs:
@@ -76,8 +77,9 @@ class Runs:
         """
         config = self._submitted(name)["config"]
         with Control(self.folder) as control:
-            if not (status := self._ended(control, name)).over:  # of a server that lost its runs, too
-                raise UserError(f"run {name} is still {status.state}; --stop it first, or --attach to follow it")
+            with contextlib.suppress(UnknownRun):  # of a server that lost its runs: ours is whole in its folder
+                if not (status := self._status(control, name)).over:
+                    raise UserError(f"run {name} is still {status.state}; --stop it first, or --attach to follow it")
             if self._complete(name):
                 raise UserError(f"run {name} is complete; there is nothing to go on with")
             self._start(control, name, config | {"run.resume": True})
@@ -133,10 +135,10 @@ class Runs:
 
     def _events(self, control: Control, name: str) -> Iterator[dict[str, Any]]:
         """The run's events as they are stored, until it is over; a server that is away for a while is waited for."""
-        log, read, last, said = self.path(name) / "rounds.jsonl", 0, "", False
+        log, read, last, asked = self.path(name) / "rounds.jsonl", 0, "", 0
         while True:
             try:
-                over, away = self._status(control, name).over, ""
+                over, away, asked = self._status(control, name).over, "", 0
             except UserError as error:
                 over, away = False, str(error)
             if log.exists():
@@ -149,10 +151,10 @@ class Runs:
                         event = json.loads(line)
                         last = event["event"]
                         yield event
-            if over or (away and last in ("finish", "failed")):
+            asked += bool(away)  # in vain, one after the other
+            if over or (asked >= PATIENCE and last in ("finish", "failed")):
                 return
-            if away and not said:
-                said = True
+            if asked == PATIENCE:
                 print(f"waiting: {away}", file=sys.stderr)
             time.sleep(POLL)
 

@@ -59,6 +59,10 @@ class Status(NamedTuple):
         return self.state == "finished"
 
 
+class UnknownRun(UserError):
+    """The server knows no run of that number: it lost what it knew, or another one made the run."""
+
+
 class Control:
     """The control routes of the federation in ``folder``; use it as a context manager."""
 
@@ -140,7 +144,7 @@ class Control:
         with self._asked():
             found = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict
         if run not in found:
-            raise UserError(f"the server knows no run {run}")
+            raise UnknownRun(f"the server knows no run {run}")
         status = run_from_proto(found[run]).status
         return Status(status.status, status.sub_status, status.details)
 
@@ -153,17 +157,20 @@ class Control:
 def keep_keys(control: Control, folder: Folder) -> Iterator[str]:
     """Make SuperLink's registered sites those of DIR/sites; gives a line for each change, and for a key that is none.
 
-    First those that are no longer accepted go, so that nothing that is wrong with another keeps them in.
+    First those that are no longer accepted go, so that nothing that is wrong with another keeps them in. A site whose
+    file cannot be read stays as it is: SuperLink would never take its key again.
     """
     wanted: dict[bytes, str] = {}
+    unread: set[str] = set()
     for name in folder.site_names():
         try:
             wanted[_key(folder.node_pub(name))] = name
         except UserError as error:
+            unread.add(name)
             yield f"keys: {error}"
     there = {node.key: node for node in control.nodes()}
     for key, node in there.items():
-        if key not in wanted or wanted[key] != node.name:
+        if node.name not in unread and (key not in wanted or wanted[key] != node.name):
             control.unregister(node.id)
             yield f"{node.name}: its key is no longer accepted"
     for key, name in wanted.items():

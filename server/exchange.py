@@ -30,6 +30,8 @@ def _soon(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict
     parts = pull_objects(object_ids, pull_object_fn, initial_backoff=0.1, backoff_cap=1.0, max_tries_per_object=None)
     try:
         inflate_object_from_contents(object_ids[-1], parts, keep_object_contents=True)
+    except MemoryError:
+        raise
     except Exception as problem:
         raise ObjectPullError(object_ids[-1], f"it is not in order: {type(problem).__name__}") from None
     return parts

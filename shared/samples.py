@@ -11,8 +11,9 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.cases import Sample, SiteData, split_of, split_word, unit_hash
 from shared.config import Job, nearest
@@ -109,6 +110,12 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name too long to be one: a quote in the table that is never closed
         return False
+
+
+def patient_in(image: Mapping[str, Any]) -> str:
+    """Whose an image of a COCO file is; "" where that is not said."""
+    value = image.get("patient")
+    return "" if value is None else str(value).strip()
 
 
 def make_sample(

@@ -29,7 +29,8 @@ class Reply(Future[Outcome]):
 
     def within(self, seconds: float | None) -> Outcome:
         """The outcome, if it is there so many seconds after a worker began; how long the message waited for one does
-        not count, else the fewer workers there are the fewer sites would answer in time.
+        not count, else the fewer workers there are the fewer sites would answer in time. (On Ray it does count: a
+        cluster may lose its last core.)
 
         Raises:
             TimeoutError: it is not.

@@ -46,17 +46,23 @@ def play(cell: Cell, folder: Path, cache: Path, workers: int, news: Connection, 
     write_json(folder / STATE, state)
 
 
-def stamp(data: Path) -> str:
-    """Another text once a file below ``data`` is another: of their names, sizes and times, our own and hidden ones
-    left out."""
-    digest = hashlib.sha256()
-    for folder, folders, files in os.walk(data):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in files if not name.startswith(".")):
+def stamp(data: Path, out: Path) -> str:
+    """Another text once a file below ``data`` is another: of their names, sizes and times.
+
+    Hidden ones, jobs and studies, and what lies in ``out`` are left out.
+    """
+    digest, own = hashlib.sha256(), out.resolve()
+    for folder, folders, files in os.walk(data.resolve()):
+        shown = [name for name in folders if not name.startswith(".") and Path(folder, name) != own]
+        folders[:] = sorted(shown)
+        for name in sorted(files):
+            if name.startswith(".") or (name.endswith(".toml") and name != "site.toml"):
+                continue
             path = os.path.join(folder, name)
             with contextlib.suppress(OSError):
                 found = os.stat(path)
-                digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+                words = f"{os.path.relpath(path, data.resolve())}\0{found.st_size}\0{found.st_mtime_ns}\n"
+                digest.update(words.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -80,7 +80,7 @@ def run_cells(plan: Plan, text: str, out: Path, cores: int | None, observe: Obse
     with _folder(out), _terminable():
         write_text(out / MARK, text)
         pending: deque[Cell] = deque()
-        stamps = {cell.data: stamp(cell.data) for cell in plan.cells}
+        stamps = {data: stamp(data, out) for data in {cell.data for cell in plan.cells}}
         for cell in plan.cells:
             state = _state(out, cell)
             if state.get("state") == "done" and state.get("images") == stamps[cell.data]:
@@ -127,6 +127,7 @@ class _Scheduler:
     def _start(self, cell: Cell, cores: int) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
         folder, cache = self.out / CELLS / cell.id, self.out / CACHE
+        (folder / STATE).unlink(missing_ok=True)  # it may tell of other images
         process = self.context.Process(target=play, args=(cell, folder, cache, cores, theirs, self.stamps[cell.data]))
         process.start()
         theirs.close()

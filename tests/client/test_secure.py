@@ -257,11 +257,14 @@ def test_a_resumed_run_does_no_round_twice_of_which_shares_were_revealed(three_s
             context.run_config["run.id"] = "study-1"
         return fresh
 
-    first = again()
+    first, second = again(), again()
     sealed = first.shares()
-    assert code(again().ask("train.keys", "a")) == ""  # nothing of the round was revealed: it may be done again
     assert code(first.masked("a")) == ""
+    others = second.shares()  # nothing of the round was revealed: it may be begun again
+    assert code(second.masked("a")) == ""
     assert code(first.unmask("a", sealed, SITES)) == ""
+    assert code(second.unmask("a", others, SITES)) == "wrong-round"
+    assert code(first.unmask("a", sealed, SITES)) == ""  # the same once more, as it was told
     resumed = again()
     assert code(resumed.ask("train.keys", "a")) == "wrong-round"
     assert code(resumed.ask("train.keys", "b")) == ""  # which was not asked to reveal anything

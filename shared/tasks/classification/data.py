@@ -30,6 +30,7 @@ from shared.samples import (
     parse_box,
     parse_frame,
     parse_split,
+    patient_in,
     patient_of,
     read_rows,
 )
@@ -234,7 +235,7 @@ def _from_coco(site: SiteData, job: Job) -> Iterator[Sample]:
             image = images[item["image_id"]]
             file = f"images/{image['file_name']}" if (site.root / "images").is_dir() else image["file_name"]
             target = class_indices(names[item["category_id"]], f"{path} annotation {item['id']}", site, job)
-            patient = str(image.get("patient") or file).strip()
+            patient = patient_in(image) or file
             where = f"{path} annotation {item['id']}"
             split, box = parse_split(image.get("split", ""), where), parse_box(item["bbox"], where)
             yield make_sample(job, file, target, patient, split, box=box)

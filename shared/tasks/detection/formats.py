@@ -30,6 +30,7 @@ from shared.samples import (
     parse_box,
     parse_frame,
     parse_split,
+    patient_in,
     patient_of,
     read_rows,
 )
@@ -203,7 +204,7 @@ def _coco_images(content: Any, path: Path, site: SiteData, job: Job) -> Iterator
         more: dict[str, object] = {} if frame is None else {"frame": parse_frame(str(frame), where)}
         size = _size(image.get("width"), image.get("height"))
         more |= {"boxes": tuple(boxes[image["id"]]), "size": size, "fault": faults.get(image["id"])}
-        patient, split = str(image.get("patient") or name).strip(), parse_split(image.get("split", ""), where)
+        patient, split = patient_in(image) or name, parse_split(image.get("split", ""), where)
         yield make_sample(job, name, (), patient, split, **more)
 
 

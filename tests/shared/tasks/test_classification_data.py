@@ -462,7 +462,12 @@ def test_labels_of_an_array_that_are_no_numbers_of_classes_are_refused(tmp_path:
     assert "train_labels" in str(found)
 
 
-@pytest.mark.parametrize("empty", ["", None])
+def test_a_patient_of_a_coco_file_may_be_a_number_and_that_may_be_0(tmp_path: Path, job: Job) -> None:
+    found = read_samples(coco(tmp_path, "images.1.patient", 0), job)
+    assert {sample.patient for sample in found if "b.png" in sample.path} == {"0"}
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
 def test_an_image_of_a_coco_file_without_a_patient_stands_for_itself(tmp_path: Path, job: Job, empty: Any) -> None:
     site = coco(tmp_path)
     file = tmp_path / "annotations.json"
