@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from consilium.study.cell import stamp
 from consilium.study.plan import BASELINES, FEDERATED, TRIVIAL, Plan, read_plan
 from shared.config import load_job
 from shared.errors import UserError
@@ -188,3 +189,23 @@ def test_a_buffered_federation_is_held_against_models_of_as_many_steps_as_its_ow
     assert {name: job.order for name, job in own.items()} == {
         name: "buffered" if "fedbuff" in name else "parallel" for name in own
     }
+
+
+def test_the_images_of_a_cell_are_others_once_a_file_is_and_not_for_another_way_to_name_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d" / "deeper").mkdir(parents=True)
+    (tmp_path / "d" / "deeper" / "a.png").write_bytes(b"a")
+    out = tmp_path / "d" / "studies"
+    first = stamp(tmp_path / "d", out)
+    monkeypatch.chdir(tmp_path)
+    out.mkdir()
+    (out / "study.csv").write_text("ours")
+    (tmp_path / "d" / "study.toml").write_text("seeds = [0]")
+    (tmp_path / "d" / ".consilium").mkdir()
+    (tmp_path / "d" / ".consilium" / "cache").write_text("ours")
+    assert stamp(Path("d"), Path("d/studies")) == first
+    (tmp_path / "d" / "site.toml").write_text("name = 'a'")
+    second = stamp(tmp_path / "d", out)
+    (tmp_path / "d" / "deeper" / "a.png").write_bytes(b"other")
+    assert len({first, second, stamp(tmp_path / "d", out)}) == 3
