@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from client.membership import RATE
 from consilium.audit import Audit
 from consilium.predict import filled_whole
-from server.store import write_json, write_text
+from server.store import write_json
 from server.wording import number, with_interval
 from shared import __version__
 from shared.errors import UserError
+from shared.files import write_text
 from shared.intervals import Estimate
 from shared.sitefile import OWN_FOLDER
 

@@ -87,7 +87,7 @@ def card(run: Path, out: Path | None) -> None:
     What no run tells, such as the use that is meant, is left to be filled in, and said to be.
     """
     from server.card import CARD, model_card
-    from server.store import write_text
+    from shared.files import write_text
 
     if not (run / "job.toml").is_file():
         raise UserError(f"{run}: no run folder, there is no job.toml in it")

@@ -19,10 +19,11 @@ from server.database.engine import open_database, without_password
 from server.federation import Folder
 from server.report import write_report
 from server.results import run_scores
-from server.store import read_events, write_json, write_text
+from server.store import read_events, write_json
 from shared import __version__
 from shared.config import Job, Scalar, load_job
 from shared.errors import UserError
+from shared.files import write_text
 from shared.tasks import load_task
 from simulations.result import Result
 

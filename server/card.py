@@ -15,9 +15,9 @@ from typing import Any
 from server.card_fair import operating, subgroups
 from server.markdown import listed, plain, table
 from server.record import Record, count, has, lost_replies, read_record, reason_words, spans, value_of
-from server.store import write_text
 from server.wording import metric_name, number, privacy_words, with_interval
 from shared import __version__
+from shared.files import write_text
 from shared.strategies import in_words
 from shared.tasks import TASKS
 

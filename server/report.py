@@ -26,8 +26,9 @@ from server.report_fair import fairness, matrix, operating, times
 from server.report_parts import Markup, bullets, esc, folded, paragraph
 from server.report_style import PAGE, SCRIPT, STYLE, THEMES
 from server.report_tables import data, further, job, results, sites, versions
-from server.store import Event, write_text
+from server.store import Event
 from server.wording import metric_name, privacy_words
+from shared.files import write_text
 from shared.tasks import load_task
 
 HEADINGS = {

@@ -28,11 +28,12 @@ from server.evaluation import better, evaluate, evaluate_personal, evaluate_subg
 from server.roll import await_sites, call, joined, shortfall
 from server.sampling import pass_on, sample
 from server.secure import SecureRound
-from server.store import Store, read_events, write_text
+from server.store import Store, read_events
 from server.wire import LATE, Content, Line
 from shared import __version__
 from shared.config import Job
 from shared.errors import UserError
+from shared.files import write_text
 from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
 from shared.tasks import TASKS, Sums, load_task

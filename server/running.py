@@ -15,9 +15,9 @@ from server.control import Control, keep_keys
 from server.expiry import expiry
 from server.federation import Folder
 from server.gateway import command, configuration
-from server.store import write_text
 from shared.alone import alone
 from shared.errors import UserError
+from shared.files import write_text
 from shared.supervise import PASSES_ON, Child, own_environment, supervise
 
 LOOK = 10.0  # seconds between looks at how long the certificate is valid

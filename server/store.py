@@ -10,7 +10,6 @@ import json
 import math
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.database.journal import parsed
 from shared.errors import UserError
-from shared.files import write_text as write_text
+from shared.files import replacing, write_text
 
 if TYPE_CHECKING:  # whoever only reads events needs neither
     import numpy as np
@@ -84,18 +83,8 @@ def write_model(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, st
     """
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        os.close(handle)
+    with replacing(path) as name:
         save_file(dict(arrays), name, metadata={"consilium": json.dumps(facts, sort_keys=True)})
-        with open(name, "r+b") as file:  # what was written above is another file under this name
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write_pictures(folder: Path, pictures: dict[str, np.ndarray], label: str) -> list[str]:

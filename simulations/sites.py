@@ -9,10 +9,10 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.store import write_text
 from shared.cases import Sample, SiteData, split_word
 from shared.config import Job, Scalar, toml_scalar
 from shared.errors import SiteRefusal, UserError
+from shared.files import write_text
 from shared.samples import CASES, read_samples, write_cases
 from shared.sitefile import read_site
 from simulations.partition import partition

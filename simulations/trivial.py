@@ -10,7 +10,6 @@ What is learnt is learnt from all sites' training images in one place. Other tas
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,12 @@ def trivial_scores(job: Job, data: Path, out: Path, cache: Path | None = None) -
         return {}
     whole: dict[str, Dataset] = {}
     for site in (read_site(file) for file in find_sites(data, job, out, cache)):
-        with contextlib.suppress(SiteRefusal):  # a site that cannot take part is not in the federation either
+        try:
             whole[site.name] = load_dataset(read_samples(site, job), site, job)
+        except SiteRefusal as refusal:  # it is not in the federation either
+            print(f"{site.name} is left out: {refusal}")
+    if not whole:
+        return {}
     judge = make([part.subset("train") for part in whole.values()], job)
     tests = {name: test for name, part in whole.items() if len(test := part.subset("test"))}
     sums = {name: judge(test) for name, test in tests.items()}

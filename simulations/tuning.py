@@ -164,7 +164,10 @@ def measure(job: Job, data: Dataset, workers: int = 1) -> Speed | None:
     for process, pipe in running:
         try:
             if pipe.poll(LIMIT):
-                found.append(Speed(*pipe.recv()))
+                told = pipe.recv()
+                if isinstance(told, str):
+                    raise UserError(f"{job.model.name}: a training step fails: {told}")
+                found.append(Speed(*told))
         except (EOFError, OSError):  # it died, out of memory
             pass
         finally:
@@ -177,7 +180,7 @@ def measure(job: Job, data: Dataset, workers: int = 1) -> Speed | None:
 
 
 def _steps(pipe: Connection, job: Job, data: Dataset) -> None:
-    """Train for a while and tell images a second and the peak of memory; tell nothing if memory runs out."""
+    """Train for a while; tell images a second and the peak of memory, nothing if it runs out, else what fails."""
     torch.set_num_threads(1)
     task, device = load_task(job.task), pick_device(job)
     _stay_within_memory(device)
@@ -196,7 +199,7 @@ def _steps(pipe: Connection, job: Job, data: Dataset) -> None:
         return
     except RuntimeError as problem:  # torch's word for a CPU, and a GPU, that runs out of memory
         if "memory" not in str(problem) and "alloc" not in str(problem):
-            raise
+            pipe.send(str(problem).splitlines()[0])
         return
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":

@@ -103,8 +103,9 @@ def examples(task: str) -> ModuleType:
 
 def save_run(folder: Path, job: Job, **facts: str) -> Path:
     """A run folder as the server leaves it, of an untrained model; ``facts`` go to those of the model's file."""
-    from server.store import write_model, write_text
+    from server.store import write_model
     from shared import __version__
+    from shared.files import write_text
     from shared.tasks import load_task
     from shared.weights import exchanged
 

@@ -29,9 +29,10 @@ from consilium.shipping.sidecar import inputs_facts, outputs_facts, postprocessi
 from consilium.trained import TrainedModel, facts_of, open_run
 from server.card import model_card
 from server.markdown import plain
-from server.store import write_json, write_text
+from server.store import write_json
 from shared.config import Job, load_job, nearest
 from shared.errors import SiteRefusal, UserError
+from shared.files import write_text
 from shared.imaging.dataset import Dataset, load_dataset
 from shared.rules import site_rule
 from shared.samples import read_samples

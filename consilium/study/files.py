@@ -13,8 +13,9 @@ from consilium.study.plan import Plan
 from consilium.study.run import Outcome
 from consilium.study.tables import methods_of, sites_csv, study_csv
 from consilium.study.verdict import Verdict, gains, verdicts
-from server.store import write_json, write_text
+from server.store import write_json
 from shared import __version__
+from shared.files import write_text
 
 
 def write_study(plan: Plan, outcomes: Sequence[Outcome], text: str, out: Path) -> tuple[Found, list[Verdict]]:

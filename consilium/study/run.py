@@ -23,9 +23,9 @@ from typing import Any
 
 from consilium.study.cell import LOG, RUN, STATE, play, stamp
 from consilium.study.plan import Cell, Plan
-from server.store import write_text
 from shared.alone import alone
 from shared.errors import UserError
+from shared.files import write_text
 from shared.tasks import load_task
 
 MARK = "study.toml"  # a copy of the file: what tells a study's folder from another

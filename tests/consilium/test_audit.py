@@ -13,10 +13,10 @@ from PIL import Image
 
 from consilium.audit import audit
 from consilium.audit_page import MARK, PAGE, PICTURE, default_folder, page, write_audit, write_for_card
-from server.store import write_text
 from shared.accounting import job_noise
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
+from shared.files import write_text
 from simulations.simulate import run
 from tests.conftest import called, examples, save_run, write_site
 

@@ -28,12 +28,13 @@ from consilium.attribution import (
 )
 from consilium.explain import explain
 from consilium.overlay import AGAINST, EDGE, FOR, blend, outlined, strength
-from server.store import write_model, write_text
+from server.store import write_model
 from shared import __version__
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
 from shared.explaining import Explainable, log_odds_of_softmax
+from shared.files import write_text
 from shared.imaging.dataset import Dataset
 from shared.tasks import classification as task
 from shared.tasks import load_task

@@ -30,10 +30,11 @@ from consilium.shipping.check import Compared, compare, tensors
 from consilium.shipping.export import export, load_network
 from consilium.shipping.formats import FORMATS, Format
 from consilium.shipping.harmonising import harmonising
-from server.store import write_model, write_text
+from server.store import write_model
 from shared import __version__
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
+from shared.files import write_text
 from shared.imaging.dataset import Dataset, load_dataset
 from shared.rules import RULES
 from shared.samples import read_samples

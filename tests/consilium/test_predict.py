@@ -19,10 +19,11 @@ from PIL import Image
 
 from consilium.predict import AT_ONCE, predict
 from consilium.trained import open_run
-from server.store import write_model, write_text
+from server.store import write_model
 from shared.cases import Sample, SiteData
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
+from shared.files import write_text
 from shared.imaging.dataset import Dataset
 from shared.imaging.read import fit, read_image
 from shared.tasks import TASKS

@@ -26,10 +26,11 @@ from server.record import DECLINED, REASONS, number, read_record, reason_words
 from server.report import write_report
 from server.report_style import plain
 from server.results import run_scores
-from server.store import Store, read_events, write_json, write_text
+from server.store import Store, read_events, write_json
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
 from shared.errors import CODES
+from shared.files import write_text
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums, add_sums
 from shared.tasks.classification.calibration import brier

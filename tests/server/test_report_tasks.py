@@ -31,9 +31,10 @@ from server.record import FEDERATED, read_record
 from server.report import write_report
 from server.report_style import fit
 from server.results import run_scores
-from server.store import Store, write_json, write_text
+from server.store import Store, write_json
 from server.wording import WORDINGS, metric_name, number, with_interval, wording
 from shared.config import Job, job_from_flat
+from shared.files import write_text
 from shared.tasks import TASKS, Sums, add_sums, load_task
 from simulations.result import Result
 

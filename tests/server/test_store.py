@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from server.store import Store, listening, read_events, write_json, write_model, write_text
+from server.store import Store, listening, read_events, write_json, write_model
+from shared.files import write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import shared.tasks.generation as task
 from consilium.generate import generate_images
-from server.store import write_model, write_text
+from server.store import write_model
 from shared.cases import Sample, SiteData
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
+from shared.files import write_text
 from shared.imaging.dataset import Dataset, load_dataset, to_uint16
 from shared.samples import read_samples
 from shared.tasks import load_task
