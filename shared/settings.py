@@ -338,11 +338,11 @@ class Privacy:
 
 
 # What of [federation] also decides how long a model is trained that nobody shares; the rest is the federation's alone.
-_LENGTH = ("rounds", "fraction", "min_sites", "round_timeout", "start_timeout")
+_LENGTH = [f"federation.{name}" for name in ("rounds", "fraction", "min_sites", "round_timeout", "start_timeout")]
 
 
 def nothing_shared() -> dict[str, Scalar]:
     """The settings of a federation that merge, weigh, code or correct, at their defaults: how a model is trained that
-    a federated one is held against."""
-    shared = [item for item in fields(Federation) if item.name not in _LENGTH]
-    return {f"federation.{item.name}": cast(Scalar, item.default) for item in shared}
+    a federated one is held against. It has no rounds in which its optimiser would begin anew."""
+    shared = {f"federation.{item.name}": cast(Scalar, item.default) for item in fields(Federation)}
+    return {key: value for key, value in shared.items() if key not in _LENGTH} | {"train.keep_optimizer": True}

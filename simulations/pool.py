@@ -68,7 +68,9 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._segments = Segments()
         self._wake_in, self._wake_out = multiprocessing.Pipe(duplex=False)
-        import torch._dynamo  # noqa: F401  the first optimiser step imports it (1 s): once here, not in every worker
+        # The first optimiser step and augmented batch import these (1 s, .2 s): once here, not in every worker.
+        import torch._dynamo  # noqa: F401
+        import torchvision.transforms.v2  # noqa: F401
 
         self._workers: list[_Worker] = []
         for number in range(workers):

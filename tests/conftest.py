@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib
 import locale
 import signal
@@ -24,6 +25,12 @@ LOCALE = locale.setlocale(locale.LC_ALL)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: programs we start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two cores, several processes: more threads only fight
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a full collection walks a million objects for nothing, and libraries ask for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

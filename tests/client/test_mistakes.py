@@ -202,7 +202,7 @@ def test_rounds_steps_and_books_of_a_run_do_not_depend_on_the_images(tiny_job: J
                 for number, row in enumerate(rows[1:]):
                     row[1] = ("left", "right")[number // 3 % 2]
                 table.write_text("".join(",".join(row) + "\n" for row in rows))
-        result = run(job, tmp_path / name, tmp_path / f"run-{name}", workers=1).scores["federated"]
+        result = run(job, tmp_path / name, tmp_path / f"run-{name}", workers=1, pages=False).scores["federated"]
         events = [event for event in read_events(tmp_path / f"run-{name}") if event["event"] == "round"]
         rounds = [
             [

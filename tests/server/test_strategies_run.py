@@ -145,6 +145,6 @@ def test_baselines_of_a_strategy_are_plain_training_of_as_many_steps(
         train__local_steps=1,
         train__local_epochs=1.0,
     )
-    scores = run(job, three_sites, tmp_path / "run", baselines=True, workers=1).scores
+    scores = run(job, three_sites, tmp_path / "run", baselines=True, workers=1, pages=False).scores
     everyone = [scores["federated"], scores["pooled"], *scores["local"].values()]
     assert {row["gradient_steps"] for row in everyone} == {2 * (2 + 2 + 3)}

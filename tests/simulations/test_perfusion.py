@@ -202,7 +202,7 @@ def test_a_small_federation_learns_the_course_and_nothing_from_one_frame(root: P
     perfusion.make(tmp_path / "cohort", patients=160)
     job = load_job(root / "simulations/jobs/perfusion.toml", ["federation.rounds=100"])
     scores = [
-        run(each, tmp_path / "cohort", tmp_path / name, workers=2).scores["federated"]["sites"]
+        run(each, tmp_path / "cohort", tmp_path / name, workers=2, pages=False).scores["federated"]["sites"]
         for name, each in {"films": job, "frame": job.replace(data__frames=1)}.items()
     ]
     films, frame = (np.mean([site["auroc"] for site in sites.values()]) for sites in scores)

@@ -55,7 +55,7 @@ def test_sites_whose_rules_are_not_met_are_refused_by_name_and_the_others_train(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
     rules(three_sites / "a", "require_dp = true\nmax_epsilon = 8.0")
-    plain = run(tiny_job, three_sites, tmp_path / "plain", workers=1).scores["federated"]
+    plain = run(tiny_job, three_sites, tmp_path / "plain", workers=1, pages=False).scores["federated"]
     assert {row["site"]: row["reason"] for row in plain["dropped"]} == {"a": "site-declined: dp-required"}
     assert all({row["site"] for row in event["trained"]} == {"b", "c"} for event in rounds(tmp_path / "plain"))
     rules(three_sites / "b", "min_patients = 500")
@@ -79,8 +79,8 @@ def test_the_budget_outlives_runs_and_ends_them_for_one_site_alone(
     whole = pld(*rates, delta=1e-3)
     rules(three_sites / "a", "max_epsilon = 100.0\nmax_delta = 1e-3")
     rules(three_sites / "b", f"max_epsilon = {pld(rates[0], (2.0, 0.2, 1), delta=1e-3) + 0.02}\nmax_delta = 1e-3")
-    run(first, three_sites, tmp_path / "first", workers=2)
-    scores = run(second, three_sites, tmp_path / "second", workers=2).scores["federated"]
+    run(first, three_sites, tmp_path / "first", workers=2, pages=False)
+    scores = run(second, three_sites, tmp_path / "second", workers=2, pages=False).scores["federated"]
     spent = {row["site"]: row["epsilon"] for row in rounds(tmp_path / "second")[-1]["trained"]}
     assert set(spent) == {"a", "c"}
     assert 0 <= spent["a"] - whole <= 0.015  # of both runs
@@ -114,7 +114,7 @@ def test_what_a_site_tells_is_at_the_jobs_delta_and_it_decides_at_its_own(
 def test_a_private_reply_tells_no_loss_no_count_and_no_statistics(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
-    run(private(tiny_job), three_sites, tmp_path / "run", workers=1)
+    run(private(tiny_job), three_sites, tmp_path / "run", workers=1, pages=False)
     for event in rounds(tmp_path / "run"):
         for row in event["trained"]:
             assert (row["loss"], row["images"]) == (None, 0)
@@ -126,7 +126,7 @@ def test_the_noise_is_other_each_time_though_the_job_has_a_seed(
 ) -> None:
     models = []
     for name in ("one", "two"):
-        run(private(tiny_job), three_sites, tmp_path / name, workers=1)
+        run(private(tiny_job), three_sites, tmp_path / name, workers=1, pages=False)
         models.append(load_file(tmp_path / name / "last.safetensors"))
     assert not any(torch.equal(models[0][name], models[1][name]) for name in models[0] if "weight" in name)
 
@@ -150,7 +150,7 @@ def test_shared_noise_adds_up_to_what_was_promised(three_sites: Path, tiny_job: 
         train__momentum=0.0,
         model__width=16,
     )
-    result = run(job, three_sites, tmp_path / "run", workers=2)
+    result = run(job, three_sites, tmp_path / "run", workers=2, pages=False)
     from shared.tasks import load_task
 
     before = load_task(job.task).build_model(job).state_dict()
@@ -180,7 +180,7 @@ def test_the_server_noises_whole_sites_and_says_what_it_promised(
         privacy__central_clipping=clipping,
         train__class_weights="none",
     )
-    scores = run(job, three_sites, tmp_path / "run", workers=1).scores["federated"]
+    scores = run(job, three_sites, tmp_path / "run", workers=1, pages=False).scores["federated"]
     assert scores["privacy"]["unit"] == "site"
     assert 0 <= scores["privacy"]["epsilon"] - pld((noise, 1.0, 3), delta=1e-3) <= 0.015
     spent = [event["central"]["epsilon"] for event in rounds(tmp_path / "run")]
@@ -201,7 +201,7 @@ def test_a_generator_and_its_reference_are_private_too(
         evaluation__reference_rounds=2,
         privacy__sampling_rate=0.2,
     )
-    run(job, three_sites, tmp_path / "run", workers=2)
+    run(job, three_sites, tmp_path / "run", workers=2, pages=False)
     entries = Ledger(tmp_path / "run" / "sites" / "a" / ".consilium" / "ledger.sqlite").history()
     reserved = [entry for entry in entries if entry.kind == "reserve"]
     assert [entry.round for entry in reserved] == [1, 2, 1, 2, 3]  # the reference first

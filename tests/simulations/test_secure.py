@@ -76,8 +76,8 @@ def test_a_round_gives_the_plain_model_within_the_quantisation(
 ) -> None:
     one = job.replace(federation__rounds=1, **changes)
     plain, masked = (
-        run(one, three_sites, tmp_path / "plain").folder,
-        run(secure(one), three_sites, tmp_path / "s").folder,
+        run(one, three_sites, tmp_path / "plain", pages=False).folder,
+        run(secure(one), three_sites, tmp_path / "s", pages=False).folder,
     )
     weights = [1.0] * 3 if changes else [12 / 20, 16 / 20, 1.0]
     assert largest_gap(plain, masked) <= worst_error(BOUND, 3, 3, sum(weights) * (1 - 1e-6)) + last_place(plain)
@@ -99,7 +99,10 @@ def test_a_whole_run_gives_the_plain_models_figures(three_sites: Path, job: Job,
 
 
 def test_no_loss_of_a_single_site_is_stored_but_their_mean_is(three_sites: Path, job: Job, tmp_path: Path) -> None:
-    plain, masked = run(job, three_sites, tmp_path / "p").folder, run(secure(job), three_sites, tmp_path / "s").folder
+    plain, masked = (
+        run(job, three_sites, tmp_path / "p", pages=False).folder,
+        run(secure(job), three_sites, tmp_path / "s", pages=False).folder,
+    )
     for hidden, shown in zip(rounds(masked), rounds(plain), strict=True):
         assert all(row["loss"] is None and row["images"] == 0 for row in hidden["trained"])
         total = sum(row["loss"] for row in shown["trained"]), sum(row["images"] for row in shown["trained"])
@@ -170,7 +173,7 @@ def test_a_generator_and_the_network_it_is_measured_by_are_both_summed_masked(
         "federation.rounds": 2, "evaluation.reference_rounds": 2, "federation.max_update_norm": 200.0,
     }  # fmt: skip
     both = secure(job).replace(**{key.replace(".", "__"): value for key, value in small.items()})
-    out = run(both, three_sites, tmp_path / "out").folder
+    out = run(both, three_sites, tmp_path / "out", pages=False).folder
     assert len(rounds(out)) == len(rounds(out / "reference")) == 2
     for event in [*rounds(out), *rounds(out / "reference")]:
         assert event["secure"]["sites"] == 3

@@ -29,22 +29,22 @@ def sha(path: Path) -> str:
 
 def test_one_worker_and_two_give_the_same_model_to_the_bit(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     job = tiny_job.replace(augment__rotate=20.0, augment__intensity=0.2, augment__flip="vertical")
-    run(job, three_sites, tmp_path / "1", workers=1)
-    run(job, three_sites, tmp_path / "2", devices="cpu", per_device=2)
+    run(job, three_sites, tmp_path / "1", workers=1, pages=False)
+    run(job, three_sites, tmp_path / "2", devices="cpu", per_device=2, pages=False)
     assert sha(tmp_path / "1" / "model.safetensors") == sha(tmp_path / "2" / "model.safetensors")
     assert sha(tmp_path / "1" / "last.safetensors") == sha(tmp_path / "2" / "last.safetensors")
 
 
 def test_another_seed_gives_another_model(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     for seed in (0, 1):
-        run(tiny_job.replace(seed=seed), three_sites, tmp_path / str(seed))
+        run(tiny_job.replace(seed=seed), three_sites, tmp_path / str(seed), pages=False)
     assert sha(tmp_path / "0" / "last.safetensors") != sha(tmp_path / "1" / "last.safetensors")
 
 
 def test_figures_equal_those_of_the_pooled_predictions(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     """The oracle reads the PNGs with Pillow, runs the saved model and asks scikit-learn."""
     job = tiny_job.replace(federation__rounds=6)
-    result = run(job, three_sites, tmp_path / "o")
+    result = run(job, three_sites, tmp_path / "o", pages=False)
     model = load_task(job.task).build_model(job)
     put(model, load_file(tmp_path / "o" / "model.safetensors"), job)
     model.eval()
@@ -87,9 +87,9 @@ def test_the_bound_on_a_sites_change_is_not_for_baselines(
     secure: bool, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
     """In a round a baseline takes the steps of all sites, so it goes further than any of them may."""
-    run(tiny_job, three_sites, tmp_path / "wide", baselines=True)
+    run(tiny_job, three_sites, tmp_path / "wide", baselines=True, pages=False)
     job = tiny_job.replace(federation__max_update_norm=0.4, privacy__secure_aggregation=secure)
-    run(job, three_sites, tmp_path / "bound", baselines=True)
+    run(job, three_sites, tmp_path / "bound", baselines=True, pages=False)
     for model in ("pooled", "local-a", "local-b", "local-c"):
         wide, bound = (tmp_path / folder / "baselines" / model for folder in ("wide", "bound"))
         assert [event["dropped"] for event in read_events(bound) if event["event"] == "round"] == [[]] * 3
@@ -98,7 +98,7 @@ def test_the_bound_on_a_sites_change_is_not_for_baselines(
 
 def test_the_pooled_model_is_plain_training_on_all_images(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     """One site that holds everything, one federation of one: the same weights as the pooled baseline's steps."""
-    run(tiny_job, three_sites, tmp_path / "o", baselines=True)
+    run(tiny_job, three_sites, tmp_path / "o", baselines=True, pages=False)
     events = read_events(tmp_path / "o" / "baselines" / "pooled")
     (survey,) = [event for event in events if event["event"] == "survey"]
     assert [site["name"] for site in survey["sites"]] == ["pooled"]
@@ -110,8 +110,8 @@ def test_the_pooled_model_is_plain_training_on_all_images(three_sites: Path, tin
 def test_optimiser_moments_are_kept_per_site_and_dropped_by_a_new_run(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
-    run(tiny_job, three_sites, tmp_path / "kept")
-    run(tiny_job.replace(train__keep_optimizer=False), three_sites, tmp_path / "fresh")
+    run(tiny_job, three_sites, tmp_path / "kept", pages=False)
+    run(tiny_job.replace(train__keep_optimizer=False), three_sites, tmp_path / "fresh", pages=False)
     assert sha(tmp_path / "kept" / "last.safetensors") != sha(tmp_path / "fresh" / "last.safetensors")
     assert sorted(
         path.stem for path in (tmp_path / "kept" / "sites" / "a" / ".consilium" / "state").rglob("*.safetensors")
@@ -126,9 +126,9 @@ def test_an_earlier_run_is_moved_aside_and_foreign_files_are_refused(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
     out = tmp_path / "o"
-    run(tiny_job, three_sites, out)
+    run(tiny_job, three_sites, out, pages=False)
     before = sha(out / "model.safetensors")
-    run(tiny_job.replace(seed=1), three_sites, out)
+    run(tiny_job.replace(seed=1), three_sites, out, pages=False)
     (kept,) = tmp_path.glob("o.before-*")
     assert sha(kept / "model.safetensors") == before
     foreign = tmp_path / "mine"
@@ -142,14 +142,14 @@ def test_an_earlier_run_is_moved_aside_and_foreign_files_are_refused(
 def test_the_servers_own_images_are_evaluated_beside_the_sites(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
-    result = run(tiny_job, three_sites, tmp_path / "o", heldout=three_sites / "c" / "site.toml")
+    result = run(tiny_job, three_sites, tmp_path / "o", heldout=three_sites / "c" / "site.toml", pages=False)
     assert result.scores["federated"]["server"]["n"]["accuracy"] == 40
     assert result.scores["federated"]["n"]["accuracy"] < 40
 
 
 def test_every_event_is_stored_as_it_is_heard(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
     heard: list[dict[str, object]] = []
-    run(tiny_job, three_sites, tmp_path / "o", observe=lambda name, event: heard.append(event))
+    run(tiny_job, three_sites, tmp_path / "o", observe=lambda name, event: heard.append(event), pages=False)
     assert json.loads(json.dumps(heard)) == read_events(tmp_path / "o")
 
 
@@ -162,7 +162,7 @@ def test_sites_may_be_called_like_the_models_and_live_under_odd_paths(
     for old, new in {"a": "federated", "b": "pooled"}.items():
         file = data / old / "site.toml"
         file.write_text(file.read_text().replace(f'name = "{old}"', f'name = "{new}"'))
-    scores = run(tiny_job, data, tmp_path / "o [bold]", baselines=True).scores
+    scores = run(tiny_job, data, tmp_path / "o [bold]", baselines=True, pages=False).scores
     assert scores["federated"]["rounds"] == 3
     assert set(scores["local"]) == {"federated", "pooled", "c"}
     assert {row["gradient_steps"] for row in [scores["pooled"], *scores["local"].values()]} == {18}

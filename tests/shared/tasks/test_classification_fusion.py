@@ -537,7 +537,7 @@ def test_a_site_without_the_second_image_trains_along_if_the_job_fills_and_is_re
     job = job_of(
         data__missing="zero", federation__rounds=60, evaluation__every=60, model__fusion="late", data__tabular=""
     )
-    filled = run(job, tmp_path / "data", tmp_path / "filled", workers=1).scores["federated"]
+    filled = run(job, tmp_path / "data", tmp_path / "filled", workers=1, pages=False).scores["federated"]
     assert set(filled["sites"]) == {"bare", "whole"}
     assert filled["dropped"] == []
     assert filled["sites"]["whole"]["auroc"] > 0.9
