@@ -165,6 +165,22 @@ def test_a_round_beyond_the_limit_is_refused_by_name_and_leaves_no_entry(ledger:
     assert ledger.spent(1e-5, "rdp") > 1.5
 
 
+def test_what_comes_to_the_limit_exactly_still_fits(ledger: Ledger) -> None:
+    limit = epsilon([STEP, STEP], 1e-5, "rdp")
+    terms = FREE._replace(max_epsilon=limit)
+    assert [ledger.reserve("r", number, STEP, terms).epsilon for number in (1, 2)][-1] == limit
+    with pytest.raises(SiteRefusal, match="max_epsilon"):
+        ledger.reserve("r", 3, STEP, terms)
+
+
+def test_nothing_is_reserved_for_no_step_and_images_need_not_be_named(ledger: Ledger) -> None:
+    with pytest.raises(ValueError, match="nothing to reserve"):
+        ledger.reserve("r", 1, STEP._replace(steps=0), FREE)
+    assert ledger.history() == []
+    ledger.reserve("r", 1, STEP, FREE)
+    assert ledger.history()[0].fingerprint == ""
+
+
 def test_a_step_without_noise_fits_no_limit(ledger: Ledger) -> None:
     with pytest.raises(SiteRefusal, match="inf"):
         ledger.reserve("r", 1, Mechanism(0.0, 0.1, 1), FREE._replace(max_epsilon=1e6))
@@ -206,6 +222,8 @@ def test_settling_gives_nothing_back_and_happens_once(ledger: Ledger) -> None:
     for closed in (reservation, Reservation(2, 0.0, 1), Reservation(9, 0.0, 1)):
         with pytest.raises(ValueError, match="not open"):
             ledger.settle(closed)
+    ledger.settle(ledger.reserve("r", 2, STEP, FREE), steps=0)  # reserved, then stopped before the first
+    assert ledger.history()[-1].steps == 0
 
 
 @pytest.fixture
@@ -252,6 +270,7 @@ def test_an_entry_changed_or_removed_by_force_is_found_and_stops_every_further_r
     with pytest.raises(SiteRefusal) as refused:
         filled.reserve("r", 9, STEP, FREE)
     assert refused.value.code == "ledger-broken"
+    assert f"{filled.path}: {filled.verify()[0]}; put its last good copy back" in str(refused.value)
 
 
 def test_last_entries_taken_off_are_seen_by_a_seal_noted_before(filled: Ledger) -> None:

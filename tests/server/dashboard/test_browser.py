@@ -32,6 +32,7 @@ from .conftest import make_job, make_sites
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+SELDOM = [("dark", 1200), ("light", 360)]
 
 
 class Served:
@@ -240,7 +241,10 @@ def test_a_model_stands_against_the_release_before_it(opened: Open, runs_folder:
     opened.faultless()
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 360), ("dark", 360)])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [("light", 1200), ("dark", 360), *(pytest.param(*look, marks=pytest.mark.slow) for look in SELDOM)],
+)
 def test_every_page_is_accessible_and_fits(
     browser: Browser, served: Served, tmp_path: Path, scheme: Any, width: int
 ) -> None:
