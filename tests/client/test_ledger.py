@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -271,6 +273,22 @@ def test_an_entry_changed_or_removed_by_force_is_found_and_stops_every_further_r
         filled.reserve("r", 9, STEP, FREE)
     assert refused.value.code == "ledger-broken"
     assert f"{filled.path}: {filled.verify()[0]}; put its last good copy back" in str(refused.value)
+
+
+@pytest.mark.parametrize("gone", [{1}, {1, 2}, {2}, {3, 4}, {2, 5, 6}])
+def test_each_gap_is_told_once_and_what_follows_is_in_order(filled: Ledger, gone: set[int]) -> None:
+    left = [entry for entry in filled.history() if entry.id not in gone]
+    after = [entry.id for entry in left if entry.id - 1 in gone]
+    assert problems(left) == [f"before entry {number} entries are missing" for number in after]
+
+
+def test_a_seal_is_the_hash_of_the_one_before_and_of_the_entry(filled: Ledger) -> None:
+    """As it stands in files of earlier versions, which must go on being read."""
+    before = ""
+    for entry in filled.history():
+        fields = [before, *entry[:-1], ""]
+        before = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+        assert entry.seal == before
 
 
 def test_last_entries_taken_off_are_seen_by_a_seal_noted_before(filled: Ledger) -> None:
