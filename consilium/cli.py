@@ -114,8 +114,15 @@ def simulate(
     loaded = load_job(job, [*settings, *([f"seed={seed}"] if seed is not None else [])])
     from consilium.notebook import run
     from consilium.tables import print_result
+    from simulations.simulate import run_folder
 
-    result = run(loaded, data, out, **options)
+    try:
+        result = run(loaded, data, out, **options)
+    except KeyboardInterrupt:
+        folder = run_folder(loaded, out)
+        kept = f"; what there was is in {folder}; the same command keeps it aside and begins anew"
+        click.echo(f"consilium: stopped{kept if folder.exists() else ''}", err=True)
+        sys.exit(130)
     print_result(result)
 
 

@@ -19,7 +19,7 @@ from server.database.engine import open_database, without_password
 from server.federation import Folder
 from server.report import write_report
 from server.results import run_scores
-from server.store import read_events, write_json
+from server.store import Store, read_events, write_json
 from shared import __version__
 from shared.config import Job, Scalar, load_job
 from shared.errors import UserError
@@ -29,6 +29,8 @@ from simulations.result import Result
 
 POLL = 1.0  # seconds between looks at a run
 PATIENCE = 5  # looks in vain before the server counts as away
+# What SuperLink says of a run, where a person wants other words.
+WHY = {"No heartbeat received from the task": "the run's program on the server ended, or the server was stopped"}
 
 
 class Runs:
@@ -37,6 +39,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = Folder(folder.resolve())
         self.folder.read()
+        self._past = 0  # so many events are of before a run was resumed
 
     def path(self, name: str) -> Path:
         """The folder of a run."""
@@ -83,6 +86,7 @@ class Runs:
                     raise UserError(f"run {name} is still {status.state}; --stop it first, or --attach to follow it")
             if self._complete(name):
                 raise UserError(f"run {name} is complete; there is nothing to go on with")
+            self._past = len(read_events(self.path(name)))
             self._start(control, name, config | {"run.resume": True})
         return name
 
@@ -90,7 +94,18 @@ class Runs:
         """End a run; what it wrote stays, and it can be resumed."""
         with Control(self.folder) as control:
             ended = control.stop(int(self._submitted(name)["number"]))
+        if ended:
+            self._note_end(name, "stopped by the coordinator")
         return f"run {name} is stopped" if ended else f"run {name} was over already"
+
+    def _note_end(self, name: str, reason: str) -> None:
+        """Write down how a run ended whose program could not do so itself, else it would look as if it went on."""
+        folder = self.path(name)
+        past = [event["event"] for event in read_events(folder)]
+        if past and past[-1] not in ("finish", "failed"):
+            store = str(self._submitted(name)["config"].get("run.store", ""))
+            with contextlib.suppress(OSError):
+                Store(folder, store).add("failed", reason=reason)
 
     def follow(self, name: str) -> int:
         """Show a run's progress until it is over, then its table; gives the exit code.
@@ -100,9 +115,9 @@ class Runs:
         job = load_job(self.path(name) / "job.toml") if self._submitted(name) else Job()
         try:
             with showing(job) as observe, Control(self.folder) as control:
-                for event in self._events(control, name):
+                for number, event in enumerate(self._events(control, name)):
                     if observe is not None:
-                        observe("federated", event)
+                        observe("federated", event | ({"past": True} if number < self._past else {}))
                 status = self._ended(control, name)
         except KeyboardInterrupt:
             print(f"\nthe run goes on; to follow it: consilium run --federation {self.folder.path} --attach {name}")
@@ -175,7 +190,9 @@ class Runs:
 
             print_result(Result(folder))
             return 0
-        failed = [event["reason"] for event in read_events(folder) if event["event"] == "failed"]
-        why = failed[-1] if failed else status.details or status.outcome
-        print(f"the run {status.outcome}: {why}\nto go on after its last whole round: --resume {name}")
+        self._note_end(name, WHY.get(status.details, status.details) or status.outcome)
+        events = [event for event in read_events(folder) if event["event"] == "failed"]
+        why = events[-1]["reason"] if events else WHY.get(status.details, status.details) or status.outcome
+        again = f"consilium run --federation {self.folder.path} --resume {name}"
+        print(f"the run {status.outcome}: {why}\nto go on after its last whole round: {again}")
         return 1

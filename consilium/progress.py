@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from server.record import reason_words
 from shared.config import Job
 
 Observer = Callable[[str, dict[str, Any]], None]
@@ -18,7 +19,10 @@ Observer = Callable[[str, dict[str, Any]], None]
 
 @contextlib.contextmanager
 def showing(job: Job, wanted: bool = True, console: Console | None = None) -> Iterator[Observer | None]:
-    """An observer for ``simulations.simulate.run`` that shows its events; None if not wanted."""
+    """An observer for ``simulations.simulate.run`` that shows its events; None if not wanted.
+
+    Of events with ``past`` only the figures are taken: they were shown before.
+    """
     console = console or Console()
     if not wanted:
         yield None
@@ -47,10 +51,11 @@ class _Facts:
     """The last known figures of each run, from its events."""
 
     def __init__(self, job: Job) -> None:
-        self.metric = job.best_metric
+        self.metric, self.rounds = job.best_metric, job.federation.rounds
         self.steps: dict[str, int] = {}
         self.score: dict[str, str] = {}
         self.sites: dict[str, str] = {}
+        self.silent: set[tuple[str, ...]] = set()  # who gives no figures and why; said once, not in every evaluation
 
     def hear(self, name: str, event: dict[str, Any]) -> None:
         if event["event"] == "round":
@@ -58,13 +63,40 @@ class _Facts:
             asked = len(event["trained"]) + len(event["dropped"])
             self.sites[name] = f"{len(event['trained'])}/{asked} sites"
         elif event["event"] == "evaluation":
-            row = event["metrics"].get(self.metric)
-            if row and row["n"]:
-                where = "test " if event["split"] == "test" else ""
-                self.score[name] = f"{where}{self.metric} {row['value']:.3f}"
+            row = event["metrics"].get(self.metric) or {"n": 0}
+            self.score[name] = f"{self.metric} {row['value']:.3f}" if row["n"] else f"{self.metric} –"
 
     def describe(self, name: str) -> str:
         return f"{self.sites.get(name, '')} {self.steps.get(name, 0):>5} steps  {self.score.get(name, '')}"
+
+    def evaluated(self, name: str, event: dict[str, Any]) -> str:
+        """A line of an evaluation: of the test, whose round is an earlier one, without the steps that were taken."""
+        if event["split"] == "test":
+            return f"{name}: kept round {event['round']} of {self.rounds}: test {self.score[name]}"
+        return f"{name}: round {event['round']}/{self.rounds} {self.describe(name).strip()}"
+
+    def remarks(self, name: str, event: dict[str, Any]) -> Iterator[str]:
+        """What a person should know at once: who is there, who was dropped and why, warnings."""
+        kind, round_ = event["event"], event.get("round", 0)
+        if kind == "start" and "resumed_after" in event:
+            yield f"{name}: goes on after round {event['resumed_after']} of {self.rounds}"
+        if kind == "survey" and name == "federated":
+            for site in event["sites"]:
+                skipped = f", {site['skipped']} unreadable" if site["skipped"] else ""
+                images = site["images"]
+                counts = f"{images['train']} training, {images['val']} validation, {images['test']} test images"
+                yield f"{site['name']}: {counts}{skipped}"
+        for item in event.get("dropped", []):
+            site, reason = str(item["site"]), str(item["reason"])
+            why = f"{reason} ({reason_words(reason)})"
+            if kind != "evaluation":
+                yield f"{name}: {kind} {round_}: {site} not used: {why}"
+            elif (name, site, event["split"], reason) not in self.silent:
+                self.silent.add((name, site, event["split"], reason))
+                split = {"val": "validation"}.get(event["split"], event["split"])
+                yield f"{name}: {site} gives no {split} figures: {why}"
+        if kind == "warning":
+            yield f"{name}: {event['text']}"
 
 
 @contextlib.contextmanager
@@ -87,7 +119,7 @@ def _bars(job: Job, console: Console) -> Iterator[Observer]:
                 facts.hear(name, event)
                 done = event["round"] if event["event"] == "round" else None
                 progress.update(bars[name], completed=done, facts=facts.describe(name))
-                for line in _remarks(name, event):
+                for line in () if event.get("past") else facts.remarks(name, event):
                     progress.console.print(line, style="yellow", highlight=False, markup=False)
 
         yield observe
@@ -104,26 +136,14 @@ class _Lines:
     def __call__(self, name: str, event: dict[str, Any]) -> None:
         with self.lock:
             self.facts.hear(name, event)
-            for line in _remarks(name, event):
+            if event.get("past"):
+                return
+            for line in self.facts.remarks(name, event):
                 self._print(line)
             last = event.get("round") == self.rounds or event.get("split") == "test"
             if event["event"] == "evaluation" and (last or time.monotonic() - self.said.get(name, 0.0) > 1):
                 self.said[name] = time.monotonic()
-                self._print(f"{name}: round {event['round']}/{self.rounds} {self.facts.describe(name).strip()}")
+                self._print(self.facts.evaluated(name, event))
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _remarks(name: str, event: dict[str, Any]) -> Iterator[str]:
-    """What a person should know at once: who is there, who was dropped and why, warnings."""
-    if event["event"] == "survey" and name == "federated":
-        for site in event["sites"]:
-            skipped = f", {site['skipped']} unreadable" if site["skipped"] else ""
-            images = site["images"]
-            counts = f"{images['train']} training, {images['val']} validation, {images['test']} test images"
-            yield f"{site['name']}: {counts}{skipped}"
-    for item in event.get("dropped", []):
-        yield f"{name}: {event['event']} {event.get('round', 0)}: {item['site']} not used: {item['reason']}"
-    if event["event"] == "warning":
-        yield f"{name}: {event['text']}"

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.database.mirror import store_beside
-from server.record import value_of
+from server.record import reason_words, value_of
 from server.wording import metric_name, privacy_words
 from shared.config import Job
 from shared.tasks import TASKS
@@ -55,12 +55,24 @@ def print_result(result: Result) -> None:
         console.print(note + ("; more metrics in the report" if len(shown) < len(metrics) else ""), highlight=False)
     if "privacy" in federated:
         console.print(privacy_words(federated["privacy"]), highlight=False)
-    for (site, reason), count in Counter((item["site"], item["reason"]) for item in federated["dropped"]).items():
-        console.print(f"not used: {site}, {count} times: {reason}", highlight=False, markup=False, soft_wrap=True)
+    for line in _lost(federated["dropped"]):
+        console.print(line, highlight=False, markup=False)
     console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)
     if (store := store_beside(result.folder)).exists():
         told = f"to look at it in a browser: consilium dashboard --store {os.path.relpath(store)}"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lost(dropped: list[dict[str, Any]]) -> list[str]:
+    """Replies that were not used: a site without figures in an evaluation may well have trained."""
+    found = Counter(
+        (item["site"], "evaluation" if item["step"] == "evaluation" else "training", item["reason"]) for item in dropped
+    )
+    return [
+        f"{'without figures' if step == 'evaluation' else 'not used'}: {site}, {count} "
+        f"{'time' if count == 1 else 'times'}: {reason} ({reason_words(reason)})"
+        for (site, step, reason), count in found.items()
+    ]
 
 
 def _at_each(job: Job) -> str:

@@ -5,6 +5,7 @@ It talks to a Flower ``Grid`` only, so it is the same on one machine, on Ray and
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -32,7 +33,6 @@ from server.store import Store, read_events
 from server.wire import LATE, Content, Line
 from shared import __version__
 from shared.config import Job
-from shared.errors import UserError
 from shared.files import write_text
 from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
@@ -104,14 +104,14 @@ class Run:
         job = self.job
         started = time.monotonic()
         write_text(self.folder / "job.toml", job.toml())
-        after = {"resumed_after": self.resumed.round} if self.resumed else {}
         facts = {"job": job.sha256, "name": job.name, "rounds": job.federation.rounds, "version": __version__}
-        self.store.add("start", **facts, **after)
+        self.store.add("start", **facts, **({"resumed_after": self.resumed.round} if self.resumed else {}))
         try:
             arrays = self._train_all(exchanged(self.model, job))
             result = self._finish(arrays, time.monotonic() - started)
-        except (RunFailed, UserError) as failure:
-            self.store.add("failed", reason=str(failure))
+        except Exception as failure:  # of whatever kind: what is over must not look as if it went on
+            with contextlib.suppress(OSError):  # the disk may be why
+                self.store.add("failed", reason=str(failure) or type(failure).__name__)
             raise
         self.store.add("finish", seconds=round(time.monotonic() - started, 3))
         return result

@@ -41,24 +41,25 @@ def listening(listener: Listener) -> Iterator[None]:
         _listeners.reset(token)
 
 
-def fresh_folder(folder: Path, mark: str, what: str) -> None:
-    """Make ``folder`` an empty one. If it holds the file ``mark``, so is our own, it is moved aside first.
+def fresh_folder(folder: Path, mark: str, what: str) -> Path | None:
+    """Make ``folder`` an empty one. If it holds the file ``mark``, so is our own, it is moved aside first; gives where.
 
     Raises:
         UserError: it holds anything else, is the folder one is in, or cannot be written.
     """
     if folder.resolve() == Path.cwd():
         raise UserError(f"--out {folder}: is the folder you are in; name one of its own")
+    aside = None
     try:
         if folder.exists() and any(folder.iterdir()):
             if not (folder / mark).exists():
                 raise UserError(f"--out {folder}: holds files that are not {what} of ours; name a new folder")
-            folder.rename(
-                folder.resolve().with_name(f"{folder.resolve().name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-            )
+            aside = folder.with_name(f"{folder.resolve().name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there: {error.strerror}") from None
+    return aside
 
 
 def write_json(path: Path, content: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from shared.errors import UserError
@@ -35,9 +36,14 @@ def _files(folder: Path) -> list[Path]:
 
 def _find(name: str | Path, kind: str, folder: Path) -> Path:
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.exists():
         return path
     known = {file.stem: file for file in _files(folder)}
+    if path.suffix or len(path.parts) != 1:
+        beside = [str(file) for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        near = get_close_matches(str(path), beside, n=1) or get_close_matches(path.stem, list(known), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{path}: no such file{hint}")
     if path.name not in known:
         raise UserError(f"{path}: no such file, nor a {kind} that comes with Consilium: {', '.join(known)}")
     return known[path.name]

@@ -103,9 +103,11 @@ def run(
     load_task(job.task).check(job)
     if store:
         open_database(store).dispose()  # a store that was asked for by name must be there before anything is trained
-    folder = _fresh_folder(
-        Path(out) if out else Path("runs") / (re.sub(r"[^\w.-]+", "-", job.name).strip(".-") or "job")
-    )
+    if not Path(data).is_dir():  # before anything is written or moved aside
+        raise UserError(f"--data {data}: no such folder")
+    folder = run_folder(job, out)
+    if (aside := _fresh_folder(folder)) and observe:
+        observe(FEDERATED, {"event": "warning", "text": f"begins anew; the earlier run is kept in {aside}"})
     files = find_sites(Path(data), job, folder, cache)
     torch.set_num_threads(1)  # the parent aggregates while the workers train
     if heldout:
@@ -205,14 +207,19 @@ def _collect(others: dict[str, Run]) -> dict[str, Any]:
     return found | ({"local": local} if others else {})
 
 
-def _fresh_folder(folder: Path) -> Path:
-    """An empty run folder; a run that is already there is moved aside, anything else is refused."""
-    fresh_folder(folder, "rounds.jsonl", "a run")
+def run_folder(job: Job, out: str | Path | None) -> Path:
+    """Where a simulation of the job is written to: ``out``, or a folder of the job's name."""
+    return Path(out) if out else Path("runs") / (re.sub(r"[^\w.-]+", "-", job.name).strip(".-") or "job")
+
+
+def _fresh_folder(folder: Path) -> Path | None:
+    """Make the run folder an empty one; a run that is already there is moved aside, to what is given, else refused."""
+    aside = fresh_folder(folder, "rounds.jsonl", "a run")
     try:
         (folder / "rounds.jsonl").touch()
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there: {error.strerror}") from None
-    return folder
+    return aside
 
 
 def _federated(grid: LocalGrid) -> Callable[[], object]:

@@ -17,6 +17,9 @@ Outcome = tuple[Message, RecordDict]
 class PoolClosed(Exception):
     """The pool was closed before a message was answered: whoever waits for it is to stop, too."""
 
+    def __str__(self) -> str:
+        return "stopped"
+
 
 class WorkerDied(Exception):
     """The process that worked on a message is gone, killed or out of memory."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from server.store import read_events
 from shared.config import Job
 from tests.conftest import called
 
@@ -124,6 +125,11 @@ def test_missing_files_are_one_line_and_exit_code_2(job_file: Path, tmp_path: Pa
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert "nowhere" in done.stderr
         assert "no such" in done.stderr
+        assert not (tmp_path / "o").exists()
+    for typed in ("chset.toml", job_file.parent / job_file.name.replace(".", "s.")):
+        done = consilium("simulate", typed, "--data", tmp_path, "--out", tmp_path / "o")
+        meant = "chest" if typed == "chset.toml" else job_file
+        assert done.stderr == f"consilium: {typed}: no such file; did you mean {meant}?\n"
 
 
 def test_no_permission_to_write_is_one_line_and_exit_code_2(job_file: Path, three_sites: Path) -> None:
@@ -146,7 +152,11 @@ def test_a_lost_quorum_is_one_line_and_exit_code_1(job_file: Path, three_sites: 
     good = consilium(*args, "--set", "federation.min_sites=2")
     assert good.returncode == 0
     assert "b not used: site-declined: too-many-unreadable" in good.stdout
-    assert "not used: b, 1 times: site-declined: too-many-unreadable" in good.stdout.splitlines()[-3]
+    ending = "\n".join(good.stdout.splitlines()[-4:])
+    assert "not used: b, 1 time: site-declined: too-many-unreadable" in ending
+    (earlier,) = tmp_path.glob("o.before-*")
+    assert f"begins anew; the earlier run is kept in {earlier}" in good.stdout
+    assert read_events(earlier)[-1]["event"] == "failed"
 
 
 def test_job_prints_every_setting_and_a_hash_that_follows_the_content(job_file: Path, tiny_job: Job) -> None:
@@ -219,7 +229,10 @@ def test_ctrl_c_ends_everything_and_keeps_what_there_was(job_file: Path, three_s
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "consilium: stopped"
+    kept = f"what there was is in {out}; the same command keeps it aside and begins anew"
+    assert errors.strip() == f"consilium: stopped; {kept}"
+    for run in (out, out / "baselines" / "pooled"):  # and none looks as if it went on
+        assert [read_events(run)[-1][key] for key in ("event", "reason")] == ["failed", "stopped"]
     assert len(family) >= 2
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert (out / "last.safetensors").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -42,12 +43,69 @@ def test_a_log_gets_plain_lines_with_every_remark_and_the_metric(tiny_job: Job) 
     lines = shown(tiny_job, terminal=False).splitlines()
     assert "\x1b" not in "".join(lines)
     assert "a: 5 training, 2 validation, 3 test images, 1 unreadable" in lines
-    assert "federated: survey 0: b not used: site-declined: no-data" in lines
-    assert "federated: round 3: c not used: no-reply" in lines
+    assert "federated: survey 0: b not used: site-declined: no-data (the site found no labelled images)" in lines
+    assert "federated: round 3: c not used: no-reply (the site did not answer in time)" in lines
     assert any(
         "round 3/3" in line and "7 steps" in line and "1/2 sites" in line and "auroc 0.875" in line for line in lines
     )
     assert "federated: something to know" in lines
+
+
+def evaluation(split: str, round_: int, value: float | None, *dropped: str) -> dict[str, Any]:
+    metrics = {"auroc": {"value": value, "n": 0 if value is None else 9}}
+    lost = [{"site": site, "reason": "site-declined: small-cell"} for site in dropped]
+    return {"event": "evaluation", "round": round_, "split": split, "metrics": metrics, "dropped": lost}
+
+
+def lines_of(job: Job, events: list[dict[str, Any]]) -> list[str]:
+    text = io.StringIO()
+    with showing(job, console=Console(file=text, width=200)) as observe:
+        assert observe is not None
+        for event in events:
+            observe("federated", event)
+    return text.getvalue().splitlines()
+
+
+def test_who_gives_no_figures_is_said_once_for_each_split_and_not_as_if_it_did_not_train(tiny_job: Job) -> None:
+    lines = lines_of(
+        tiny_job, [evaluation("val", 0, 0.5, "b"), evaluation("val", 3, 0.5, "b"), evaluation("test", 1, 0.5, "b")]
+    )
+    said = [line for line in lines if " b " in line]
+    assert [line.partition(":")[2].partition(":")[0].strip() for line in said] == [
+        "b gives no validation figures",
+        "b gives no test figures",
+    ]
+    assert "small-cell" in said[0]
+    assert not any("not used" in line for line in lines)
+
+
+def test_the_test_is_of_the_kept_round_and_a_metric_that_is_missing_shows(tiny_job: Job) -> None:
+    trained = {"event": "round", "round": 3, "trained": [{"site": "a", "steps": 7}], "dropped": []}
+    lines = lines_of(tiny_job, [trained, evaluation("val", 3, None), evaluation("test", 1, 0.625)])
+    assert lines[0].split() == "federated: round 3/3 1/1 sites 7 steps auroc –".split()
+    assert lines[1] == "federated: kept round 1 of 3: test auroc 0.625"
+
+
+def test_what_was_before_a_resumption_is_counted_and_not_shown_again(tiny_job: Job) -> None:
+    before = {
+        "event": "round",
+        "round": 1,
+        "trained": [{"site": "a", "steps": 7}],
+        "dropped": [{"site": "b", "reason": "no-reply"}],
+    }
+    after = {"event": "round", "round": 3, "trained": [{"site": "a", "steps": 7}], "dropped": []}
+    again = {"event": "start", "resumed_after": 1}
+    events = [
+        before | {"past": True},
+        evaluation("val", 1, 0.5) | {"past": True},
+        again,
+        after,
+        evaluation("val", 3, 0.75),
+    ]
+    assert [line.split() for line in lines_of(tiny_job, events)] == [
+        "federated: goes on after round 1 of 3".split(),
+        "federated: round 3/3 1/1 sites 14 steps auroc 0.750".split(),
+    ]
 
 
 def test_a_terminal_gets_a_bar_with_rounds_steps_and_metric(tiny_job: Job) -> None:
