@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +133,8 @@ def filled_whole(out: Path, mark: str, what: str) -> Iterator[Path]:
     Raises:
         UserError: ``out`` holds anything else, or cannot be written.
     """
-    fresh_folder(out, mark, what)
+    if aside := fresh_folder(out, mark, what):
+        print(f"what was in {out} is kept in {aside}", file=sys.stderr)
     work = out / ".writing"
     try:
         work.mkdir()

@@ -131,6 +131,7 @@ class _Lines:
     def __init__(self, job: Job, console: Console) -> None:
         self.console, self.rounds, self.facts = console, job.federation.rounds, _Facts(job)
         self.said: dict[str, float] = {}
+        self.held: list[str] | None = []  # of baselines, until it was said which sites there are
         self.lock = threading.Lock()
 
     def __call__(self, name: str, event: dict[str, Any]) -> None:
@@ -139,11 +140,21 @@ class _Lines:
             if event.get("past"):
                 return
             for line in self.facts.remarks(name, event):
-                self._print(line)
+                self._print(name, line)
+            if name == "federated" and event["event"] in ("survey", "failed"):
+                self._release()
             last = event.get("round") == self.rounds or event.get("split") == "test"
             if event["event"] == "evaluation" and (last or time.monotonic() - self.said.get(name, 0.0) > 1):
                 self.said[name] = time.monotonic()
-                self._print(self.facts.evaluated(name, event))
+                self._print(name, self.facts.evaluated(name, event))
 
-    def _print(self, text: str) -> None:
+    def _release(self) -> None:
+        held, self.held = self.held or [], None
+        for line in held:
+            self._print("", line)
+
+    def _print(self, name: str, text: str) -> None:
+        if self.held is not None and name != "federated":
+            self.held.append(text)
+            return
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from server.store import read_events
 from shared import __version__
 from shared.config import Job, load_job
 from shared.errors import UserError
@@ -110,12 +111,17 @@ def _with_own(job: Job, task: ModuleType, arrays: dict[str, Tensor], facts: dict
 
 
 def whose(run: Path, parts: Path | None) -> str:
-    """A line that says which model is used, where a run made one for each site; else nothing."""
+    """Lines that say which model is used, where a run made one for each site or did not finish; else nothing."""
+    lines = []
     if parts is not None:
-        return f"uses the site's own model: {parts}"
-    if (run / "job.toml").is_file() and keeps_own(load_job(run / "job.toml")):
-        return f"uses the common model; each site has one of its own, see --site-parts {OWN_FILE}"
-    return ""
+        lines.append(f"uses the site's own model: {parts}")
+    elif (run / "job.toml").is_file() and keeps_own(load_job(run / "job.toml")):
+        lines.append(f"uses the common model; each site has one of its own, see --site-parts {OWN_FILE}")
+    events = read_events(run)
+    if events and not any(event["event"] == "finish" for event in events):
+        done = max((event["round"] for event in events if event["event"] == "round"), default=0)
+        lines.append(f"ATTENTION: the run in {run} did not finish, it came to round {done}; its model was not tested")
+    return "\n".join(lines)
 
 
 def _with_weights(

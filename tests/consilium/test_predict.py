@@ -78,6 +78,13 @@ def test_a_run_predicts_the_labels_it_was_tested_on_as_it_did_in_the_test(
     assert right > len(tested) / 2
     facts = json.loads((tmp_path / "out" / "prediction.json").read_text())
     assert facts["job_sha256"] == result.scores["job_sha256"]
+    assert "ATTENTION" not in done.stdout
+    journal = tmp_path / "run" / "rounds.jsonl"
+    journal.write_text("".join(line for line in journal.open() if '"finish"' not in line))  # as if it had been killed
+    again = consilium("predict", tmp_path / "run", three_sites / "c" / "images", "--out", tmp_path / "out")
+    assert "did not finish, it came to round 8" in again.stdout.splitlines()[0]
+    (aside,) = tmp_path.glob("out.before-*")
+    assert again.stderr.strip() == f"what was in {tmp_path / 'out'} is kept in {aside}"
     assert facts["round"] == result.scores["federated"]["best_round"]
     assert (facts["cases"], facts["unreadable"]) == (40, [])
 

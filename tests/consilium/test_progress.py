@@ -82,8 +82,18 @@ def test_who_gives_no_figures_is_said_once_for_each_split_and_not_as_if_it_did_n
 def test_the_test_is_of_the_kept_round_and_a_metric_that_is_missing_shows(tiny_job: Job) -> None:
     trained = {"event": "round", "round": 3, "trained": [{"site": "a", "steps": 7}], "dropped": []}
     lines = lines_of(tiny_job, [trained, evaluation("val", 3, None), evaluation("test", 1, 0.625)])
-    assert lines[0].split() == "federated: round 3/3 1/1 sites 7 steps auroc –".split()
+    assert lines[0].split() == ["federated:", "round", "3/3", "1/1", "sites", "7", "steps", "auroc", "–"]
     assert lines[1] == "federated: kept round 1 of 3: test auroc 0.625"
+
+
+def test_baselines_are_heard_of_after_the_sites(tiny_job: Job) -> None:
+    text = io.StringIO()
+    with showing(tiny_job, console=Console(file=text, width=200)) as observe:
+        assert observe is not None
+        observe("pooled", evaluation("val", 0, 0.5))
+        observe("federated", EVENTS[0])
+        observe("pooled", evaluation("val", 3, 0.625))
+    assert [line.split()[0] for line in text.getvalue().splitlines()] == ["a:", "federated:", "pooled:", "pooled:"]
 
 
 def test_what_was_before_a_resumption_is_counted_and_not_shown_again(tiny_job: Job) -> None:
@@ -103,8 +113,8 @@ def test_what_was_before_a_resumption_is_counted_and_not_shown_again(tiny_job: J
         evaluation("val", 3, 0.75),
     ]
     assert [line.split() for line in lines_of(tiny_job, events)] == [
-        "federated: goes on after round 1 of 3".split(),
-        "federated: round 3/3 1/1 sites 14 steps auroc 0.750".split(),
+        ["federated:", "goes", "on", "after", "round", "1", "of", "3"],
+        ["federated:", "round", "3/3", "1/1", "sites", "14", "steps", "auroc", "0.750"],
     ]
 
 

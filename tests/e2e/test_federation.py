@@ -168,6 +168,7 @@ def test_a_site_is_killed_and_joins_again(live: Live, job: Path) -> None:
     lost = rounds(with_b=False)[0]
     until(lambda: rounds(with_b=True)[-1] > lost, 120, "a round with b again")
     live.consilium("run", "--federation", live.path, "--stop", name)
+    assert live.events(name, "failed")[-1]["reason"] == "stopped by the coordinator"
     said = live.follow(name, code=1)
     assert "b not used: site-gone" in said
     (event,) = [event for event in live.events(name, "round") if event["round"] == lost]
