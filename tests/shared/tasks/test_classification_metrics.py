@@ -23,7 +23,9 @@ from shared.tasks.classification.learning import collect
 from shared.tasks.classification.metrics import (
     BINS,
     LIMIT,
+    area_from_histograms,
     confusion_matrix,
+    consistent,
     histograms,
     roc_points,
     score_bins,
@@ -240,3 +242,60 @@ def test_the_intervals_of_the_metrics_hold_their_estimates() -> None:
     for estimate in summarise(sums_of(logits, single(truth), job_of(3)), job_of(3)).values():
         assert estimate.low <= estimate.value <= estimate.high
         assert estimate.n > 0
+
+
+def test_what_is_no_number_or_beyond_all_bounds_goes_to_the_outermost_bins() -> None:
+    scores = torch.tensor([-math.inf, -1e30, -2 * LIMIT, math.nan, math.inf, 1e30, 2 * LIMIT])
+    assert score_bins(scores).tolist() == [0] * 4 + [BINS - 1] * 3
+
+
+def counts(**at: int) -> np.ndarray:
+    """A histogram with so many images in the bins b0, b7, …"""
+    found = np.zeros(BINS, np.int64)
+    for name, number in at.items():
+        found[int(name[1:])] = number
+    return found
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without"), [(counts(b3=5), counts()), (counts(), counts(b3=5)), (counts(), counts())]
+)
+def test_a_class_that_all_images_have_or_none_has_no_area(with_it: np.ndarray, without: np.ndarray) -> None:
+    area = area_from_histograms(with_it, without)
+    assert math.isnan(area.value)
+    assert area.n == 0
+
+
+def test_a_curve_goes_from_corner_to_corner_and_has_each_point_once() -> None:
+    false, true = roc_points(positives=counts(b9=1), negatives=counts(b2=1, b9=1, b20=2))
+    assert list(zip(false.tolist(), true.tolist(), strict=True)) == [(0, 0), (0.5, 0), (0.75, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(("classes", "multilabel", "told"), [(2, False, 0), (3, False, 3), (1, True, 1), (2, True, 2)])
+def test_the_area_of_each_class_is_told_where_it_is_not_that_of_the_other(
+    classes: int, multilabel: bool, told: int
+) -> None:
+    logits, truth = drawn(1, 40, classes)
+    targets = [(k,) if k else () for k in truth.tolist()] if multilabel and classes == 1 else single(truth)
+    found = summarise(sums_of(logits, targets, job_of(classes, multilabel)), job_of(classes, multilabel))
+    assert [name for name in found if name.startswith("auroc:")] == [f"auroc:c{k}" for k in range(told)]
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_counts_that_disagree_are_found(multilabel: bool) -> None:
+    job = job_of(3, multilabel)
+    logits, truth = drawn(2, 30, 3)
+    sums = sums_of(logits, single(truth), job)
+    assert consistent(sums, job)
+    for key in ("confusion", "positives", "negatives"):
+        for place in (0, -1):
+            more = list(sums[key])  # type: ignore[arg-type]
+            more[place] += 1
+            assert not consistent(sums | {key: more}, job), (key, place)
+    assert not consistent(sums | {"n": 29}, job)
+    moved = list(sums["positives"])  # type: ignore[arg-type]
+    filled = next(k for k, value in enumerate(moved[:BINS]) if value)
+    moved[filled], moved[BINS] = moved[filled] - 1, moved[BINS] + 1  # from one class to the next: the sum stays
+    assert not consistent(sums | {"positives": moved}, job)
+    assert consistent(sums | {"missing": [30, 0]}, job)
+    assert not consistent(sums | {"missing": [0, 31]}, job)
