@@ -23,7 +23,8 @@ def calibration(record: Record, prefix: str = "") -> go.Figure | None:
         for name, pos, neg, error in shown
         for score in [brier(pos, neg)]
     ]
-    caption = f"All sites’ test {record.case}s in ten groups of predicted probability; bars: 95 % intervals (Wilson). "
+    caption = f"Test {record.case}s of {record.whose('test')} in ten groups of predicted probability; "
+    caption += "bars: 95 % intervals (Wilson). "
     caption += "A model whose probabilities mean what they say lies on the dotted line. Less is better of both figures."
     caption += f" Shown for {parts[0][0]}; the other class mirrors it." if mirrored else ""
     figure = new_figure(360 + 20 * len(shown), caption, "; ".join(words))

@@ -223,12 +223,16 @@ def _evaluation(record: Record) -> str:
     def line(name: str, scores: dict[str, Any]) -> list[str]:
         return [name, f"{scores['images']:,}", *(value_of(scores, metric) for metric in metrics)]
 
+    whose = record.whose("test")
     head = ["", f"Test {record.case}s", *(_head(record, metric) for metric in metrics)]
-    rows = [line("All sites", own), *(line(plain(name), scores) for name, scores in places.items())]
+    rows = [
+        line(plain(whose[0].upper() + whose[1:]), own),
+        *(line(plain(name), scores) for name, scores in places.items()),
+    ]
     text = table(head, rows) + "\n\nBrackets hold 95 % intervals; a dash: no figure, as where a class has no case."
     parts = record.metrics(parts=True)
     if parts:
-        text += "\n\nBy class, over all sites:\n\n" + table(
+        text += f"\n\nBy class, over {whose}:\n\n" + table(
             ["Metric", "Value"], [[plain(metric_name(metric, True)), value_of(own, metric)] for metric in parts]
         )
     others = [(name, scores) for name, scores in record.models.items() if scores is not own and "images" in scores]
@@ -325,12 +329,10 @@ def _limits(record: Record) -> str:
         lines.append("Untested.")
     few = [plain(site["name"]) for site in there if 0 < site["images"]["train"] < 50]
     lines += [f"Fewer than 50 training {record.case}s at {', '.join(few)}."] if few else []
-    skipped = sum(site["skipped"] for site in there)
-    lines += (
-        [f"{count(skipped, record.case)} could not be read and {'was' if skipped == 1 else 'were'} left out."]
-        if skipped
-        else []
-    )
+    if skipped := sum(site["skipped"] for site in there):
+        lines.append(
+            f"{count(skipped, record.case)} could not be read and {'was' if skipped == 1 else 'were'} left out."
+        )
     if not own.get("subgroups", {}).get("groups"):
         lines.append("Whether it does equally well for all groups of patients was not measured in this run.")
     return listed(lines)

@@ -13,7 +13,9 @@ from flwr.app import ArrayRecord, MessageType, RecordDict
 from torch import Tensor
 
 from server.admission import Dropped, Place, admit_groups, admit_sums
+from server.coverage import missing_words, of_event, whose
 from server.operating import choose, chosen_before, report
+from server.record import reason_words
 from server.store import read_events, write_pictures
 from server.wire import Content
 from server.wording import metric_name
@@ -43,6 +45,8 @@ def evaluate(run: Run, arrays: Arrays, number: int, split: str) -> dict[str, Est
         point = report(chosen_before(read_events(run.folder), number), total, sums, job)
     else:
         point = choose(total, job)
+        if point:
+            point["whose"] = whose(sums, [place.name for place in able])
     if point:
         facts["operating_point"] = point
     if run.heldout is not None and whole(job):
@@ -116,19 +120,30 @@ def better(value: float, best: float, sign: int) -> bool:
     return not math.isnan(value) and (math.isnan(best) or sign * value > sign * best)
 
 
-def kept(run: Run) -> dict[str, Any]:
-    """How the round that is kept was chosen: the rule in words, what it looked at, and what it found."""
-    metric = run.job.best_metric
-    direction = TASKS[run.job.task].metrics[metric]
-    rule = f"{'largest' if direction > 0 else 'smallest'} {metric_name(metric)} over all sites’ validation images "
-    rule += "together; of equals the earlier; a round without the figure is passed over"
-    considered = {
-        event["round"]: event["metrics"].get(metric, {}).get("value")
+def keep(run: Run) -> None:
+    """Write down which round is kept and how it was chosen: the rule in words, what it looked at, what it found; and
+    a warning where sites that have validation images told none of the figures it was chosen by."""
+    metric, case = run.job.best_metric, TASKS[run.job.task].case
+    courses = {
+        event["round"]: event
         for event in read_events(run.folder)
         if event["event"] == "evaluation" and event["split"] == "val" and event["round"]
     }
+    able = [place.name for place in _able(run, "val")]
+    chosen = courses.get(run.best.round, {}) if not math.isnan(run.best.value) else {}
+    of_whom = of_event(chosen, able, case) if chosen else "all sites"
+    direction = TASKS[run.job.task].metrics[metric]
+    rule = (
+        f"{'largest' if direction > 0 else 'smallest'} {metric_name(metric)} over the validation {case}s of {of_whom} "
+    )
+    rule += "together; of equals the earlier; a round without the figure is passed over"
+    considered = {number: event["metrics"].get(metric, {}).get("value") for number, event in courses.items()}
     found = {"rule": rule, "metric": metric, "direction": direction, "value": run.best.value}
-    return found | {"considered": sorted(considered), "without": sorted(r for r, v in considered.items() if v is None)}
+    found |= {"considered": sorted(considered), "without": sorted(r for r, v in considered.items() if v is None)}
+    run.store.add("kept", round=run.best.round, **found)
+    why = {item["site"]: reason_words(item["reason"]) for item in chosen.get("dropped", [])}
+    if chosen and (text := missing_words(chosen, able, case, why)):
+        run.store.add("warning", text=text)
 
 
 # ---------------------------------------------------------------------- subgroups

@@ -75,7 +75,9 @@ def metric_by_round(record: Record) -> go.Figure | None:
     marked = [p for p in points if p[0] == best]
     alt = f"{name} on validation {record.case}s goes {_from_to(points, metric)}."
     alt += f" Best round: {best}, {number(marked[0][1], metric)}." if marked else ""
-    caption = f"The global model on the validation {record.case}s of all sites; the band is the 95 % interval."
+    caption = (
+        f"The global model on the validation {record.case}s of {record.whose('val')}; the band is the 95 % interval."
+    )
     if len(record.baselines) > 1:
         caption += f" Each single-site model is judged on its own validation {record.case}s only."
     caption += " Less is better." if record.sign < 0 else ""

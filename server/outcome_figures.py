@@ -40,13 +40,15 @@ def forest(record: Record) -> go.Figure | None:
     if not has(own, metric):
         return None
     models, left_out = _model_rows(record)
-    rows = [Row(f"<b>all sites’ test {record.case}s</b>", {}, ""), *models]
+    rows = [Row(f"<b>sites’ test {record.case}s together</b>", {}, ""), *models]
     rows += [Row("<b>federated model at</b>", {}, ""), *_place_rows(record)]
     title = metric_name(metric, True)
     cases = f"test {record.case}s"
-    caption = f"{title} on {cases} with 95 % intervals. Dotted: the federated model on all sites’ {cases}."
+    caption = (
+        f"{title} on {cases} with 95 % intervals. Dotted: the federated model on the {cases} of {record.whose('test')}."
+    )
     caption += (" Less is better." if record.sign < 0 else "") + left_out
-    alt = f"{title} on the {cases} of all sites. " + "; ".join(
+    alt = f"{title} on the {cases} of {record.whose('test')}. " + "; ".join(
         f"{name} {value_of(scores, metric)}" for name, scores, _ in models
     )
     figure = new_figure(70 + 26 * len(rows), caption, alt)
@@ -120,7 +122,7 @@ def confusion(record: Record, prefix: str = "") -> go.Figure | None:
     what = f"the share is of the {case}s of that true class; the diagonal is right"
     if several:
         what = f"found and missed: of the {case}s with the label; false alarm and rightly not: of those without it"
-    caption = f"Test {case}s of all sites: number, and share in per cent ({what})."
+    caption = f"Test {case}s of {record.whose('test')}: number, and share in per cent ({what})."
     if sums.get("made_distances"):  # of a generator
         caption += f" The classifier has seen invented {case}s only."
     alt = " ".join(
@@ -168,7 +170,8 @@ def roc(record: Record, prefix: str = "") -> go.Figure | None:
     parts, mirrored = classifier_parts(record, prefix)
     if not parts:
         return None
-    caption = f"From the score histograms of all sites’ test {record.case}s added up, each class against the rest."
+    caption = f"From the score histograms of the test {record.case}s of {record.whose('test')} added up, "
+    caption += "each class against the rest."
     caption += f" Shown for {parts[0][0]}; the other class mirrors it." if mirrored else ""
     return draw_roc(parts, caption)
 

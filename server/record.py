@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from server.coverage import able_sites, whose_course
 from server.database.shown import events_of
 from server.results import run_scores
 from server.store import Event
@@ -17,7 +18,7 @@ from server.wording import number, with_interval
 from shared.config import Job, job_from_flat, load_job
 from shared.errors import CODES
 from shared.tasks import TASKS, Sums, add_sums
-from shared.weights import REFERENCE
+from shared.weights import REFERENCE, whole
 
 # Why a reply was not used: the words of server/admission.py, and the codes of sites that decline.
 REASONS = {
@@ -132,6 +133,14 @@ class Record:
         """The site where the federated model does worst on the test images; nothing where there are not several."""
         sites = {name: s for name, s in self.scores["federated"].get("sites", {}).items() if has(s, self.metric)}
         return min(sites, key=lambda name: self.sign * sites[name][self.metric]) if len(sites) > 1 else ""
+
+    def whose(self, split: str) -> str:
+        """Of whom the figures of validation or test are: all sites, or those that told theirs; see ``coverage``."""
+        rounds = {e["round"]: e for e in self.events if e["event"] == "evaluation" and e["split"] == split}
+        told = list(rounds.values())[-1:] if split == "test" else list(rounds.values())
+        n = (told[-1]["images"] or 0) if told else 0
+        able = able_sites(self.survey["sites"], split, whole(self.job))
+        return whose_course([event["sites"] for event in told], able, count(n, self.case))
 
     def metrics(self, parts: bool = False) -> list[str]:
         """The metrics of the test, the one that picked the model first; ``parts``: those of single classes instead.

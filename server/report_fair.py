@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from server.coverage import few_words
 from server.operating import FIGURES
 from server.record import ONLY, Record, count, has, value_of
 from server.report_parts import Markup, bullets, cell, esc, folded, paragraph, table
@@ -31,8 +32,9 @@ def estimate(found: Mapping[str, Any]) -> str:
 def operating_words(point: Mapping[str, Any]) -> str:
     """How the operating point was chosen, in one sentence."""
     return (
-        f"The threshold was chosen on {point['images']:,} validation cases of all sites ({point['words']}) and is only "
-        "reported here, on the test cases."
+        f"The threshold was chosen on {count(point['images'], 'validation case')} of "
+        f"{point.get('whose', 'the sites that told theirs')} ({point['words']}) and is only reported here, on the test "
+        f"cases.{few_words(point['images'])}"
     )
 
 
@@ -52,7 +54,9 @@ def operating(record: Record) -> Markup:
         for site, found in facts.get("sites", {}).items():
             places.append([site, name, *(estimate(found[figure]) for figure in FIGURES)])
     heads = [NAMES[figure] for figure in FIGURES]
-    page: str = table("At the operating point, test cases of all sites", ["Class", "Yes from", *heads], rows)
+    page: str = table(
+        f"At the operating point, test cases of {record.whose('test')}", ["Class", "Yes from", *heads], rows
+    )
     page += paragraph(operating_words(point) + " Predictive values hold for the share that has it.", "note")
     if places:
         caption = "The same threshold on each site’s own test cases"

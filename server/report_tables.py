@@ -33,7 +33,9 @@ def results(record: Record) -> Markup:
     alone = [name for name in record.best_first(models) if name.startswith(ONLY)]
     shown = [name for name in models if name not in alone] + (alone if len(alone) <= FEW else [alone[0], alone[-1]])
     head = ["Model", *heads(record, metrics), f"Test {record.case}s", "Gradient steps", "Kept round"]
-    page: str = table(f"Every model on the same test {record.case}s, those of all sites", head, map(row, shown))
+    page: str = table(
+        f"Every model on the same test {record.case}s, those of {record.whose('test')}", head, map(row, shown)
+    )
     if len(alone) > FEW:
         page += paragraph(f"Of {len(alone)} single-site models the best and the worst are shown.", "note")
         page += folded("All single-site models", table("Every single-site model", head, map(row, alone)))
@@ -48,7 +50,7 @@ def further(record: Record) -> Markup:
         rows = [[name, *(cell(scores, metric) for scores in models.values())]
                 for metric, name in zip(metrics, heads(record, metrics), strict=True)]  # fmt: skip
         if rows and models:
-            page += table(f"{what}, on the test {record.case}s of all sites", ["Metric", *models], rows)
+            page += table(f"{what}, on the test {record.case}s of {record.whose('test')}", ["Metric", *models], rows)
     return Markup(page)
 
 

@@ -25,7 +25,7 @@ from server.buffered import Buffered, rebased
 from server.central import Central
 from server.checkpoint import Best, Checkpoint, State
 from server.corrections import weight_of_all, with_own_rounds
-from server.evaluation import better, evaluate, evaluate_personal, evaluate_subgroups, kept
+from server.evaluation import better, evaluate, evaluate_personal, evaluate_subgroups, keep
 from server.roll import await_sites, call, joined, shortfall
 from server.sampling import pass_on, sample
 from server.secure import SecureRound
@@ -175,7 +175,7 @@ class Run:
             self.store.add("warning", text=f"no validation figure of {job.best_metric}: the last round is kept")
             self.best = Best(job.federation.rounds, math.nan, last)
             self.checkpoint.keep_best(self.best, self._facts(job.federation.rounds))
-        self.store.add("kept", round=self.best.round, **kept(self))
+        keep(self)
         if self.jury is not None:
             self.grid, self.places = self.jury.grid, self.jury.places
         evaluate(self, self.best.arrays, self.best.round, "test")

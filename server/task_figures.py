@@ -92,7 +92,7 @@ def precision_recall(record: Record) -> go.Figure | None:
     metrics = [f"map50:{part.name}" for part in parts]
     areas = [value_of(own, metric) for metric in metrics]
     caption = "A detection is right where it overlaps a box not yet found by .5 or more (intersection over union). From"
-    caption += f" the score histograms of all sites’ test {record.case}s added up."
+    caption += f" the score histograms of the test {record.case}s of {record.whose('test')} added up."
     alt = f"{metric_name('map50:')}: " + "; ".join(f"{p.name} {a}" for p, a in zip(parts, areas, strict=True))
     figure = new_figure(360 + 20 * len(parts), caption, alt)
     for place, (part, area) in enumerate(zip(parts, areas, strict=True)):
@@ -244,5 +244,6 @@ def anomaly_roc(record: Record) -> go.Figure | None:
     parts = [(classes[k], table[k], table[normal]) for k in others]
     if len(others) > 1:
         parts.insert(0, ("all anomalies", table[others].sum(0), table[normal]))
-    caption = f"Each class against {classes[normal]}, from the histograms of all sites’ test {record.case}s added up."
+    caption = f"Each class against {classes[normal]}, from the histograms of the test {record.case}s of "
+    caption += f"{record.whose('test')} added up."
     return draw_roc(parts, caption)

@@ -81,13 +81,15 @@ def runs(
 
 @router.get("/runs/{id}", responses=NOT_FOUND)
 def run(request: Request, id: Id) -> Response:
-    """A run's row, its job, its baselines, its metrics with their words, and whether it could be stopped from here."""
+    """A run's row, its job, its baselines, its metrics with their words, ``whose`` figures validation and test
+    are of, and whether it could be stopped from here."""
     row = _run(request, id)
     db, view = _db(request), _federation(request)
     names = views.metrics_of(read.evaluations(db, id), row["metric"])
     found: Row = {"run": {key: value for key, value in row.items() if key not in ("settings", "children")}}
     found |= {"settings": row["settings"], "children": row["children"]}
     found["metrics"] = views.metric_words(row["task"], names or [row["metric"]])
+    found["whose"] = views.whose(db, row)
     folder = models.run_folder(db, row["path"])
     # A run that was stopped, or whose server was killed, could not write that it is over: the server knows.
     going = row["status"] == "running" and view is not None and folder is not None

@@ -9,11 +9,15 @@ from typing import Any
 
 from sqlalchemy import Engine, func, select
 
+from server.coverage import able_sites, whose_course
 from server.database import read
 from server.database import schema as t
-from server.record import reason_words
+from server.record import count, reason_words
 from server.wording import metric_name, wording
+from shared.config import job_from_flat
+from shared.errors import UserError
 from shared.tasks import TASKS
+from shared.weights import whole
 
 Row = dict[str, Any]
 
@@ -59,6 +63,23 @@ def metrics_of(evaluations: Iterable[Mapping[str, Any]], first: str) -> list[str
     """The names of all metrics that there are, the one that picks the model first."""
     found = dict.fromkeys(name for row in evaluations for name in row["metrics"])
     return sorted(found, key=lambda name: name != first)
+
+
+def whose(db: Engine, row: Row) -> dict[str, str]:
+    """Of whom a run's figures of validation and of test are, in words; see ``server.coverage``."""
+    places = [{"name": one["name"], "images": one} for one in read.surveyed(db, row["id"]) if one["reason"] is None]
+    case = TASKS[row["task"]].case if row["task"] in TASKS else "image"
+    try:
+        common = whole(job_from_flat(row["settings"]))
+    except UserError:  # of another release, or a folder that has lost its job
+        common = True
+    found = {}
+    for split in ("val", "test"):
+        told = read.told(db, row["id"], split)
+        n = told[-1][1] if told else 0
+        sites = [names for names, _ in (told[-1:] if split == "test" else told)]
+        found[split] = whose_course(sites, able_sites(places, split, common), count(n, case))
+    return found
 
 
 def fairness(sites: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, better: int) -> Row | None:

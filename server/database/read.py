@@ -139,6 +139,18 @@ def evaluations(db: Engine, id: int, split: str | None = None) -> list[Row]:
     return list(found.values())
 
 
+def told(db: Engine, id: int, split: str) -> list[tuple[list[str], int]]:
+    """The sites whose figures each evaluation is of, and how many images, in the order of rounds."""
+    asked = select(t.event.c.id, t.evaluation.c.place, t.evaluation.c.site, t.evaluation.c.images)
+    asked = asked.join_from(t.event, t.evaluation).where(*evaluated(id, split))
+    found: dict[int, tuple[list[str], int]] = {}
+    with db.connect() as connection:
+        for event, place, site, images in connection.execute(asked.order_by(t.event.c.round, t.event.c.seq)):
+            names, n = found.get(event, ([], 0))
+            found[event] = (names + [site] * (place == "site"), int(images or 0) if place == "all" else n)
+    return list(found.values())
+
+
 def site_metrics(db: Engine, id: int, split: str = "val", metrics: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """The global model at each site: {site: [{round, images, metrics}]}, of ``metrics`` or of all."""
     within = [*evaluated(id, split), t.evaluation.c.place == "site"]

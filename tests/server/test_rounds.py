@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
 from client.app import app as real
+from server.card import model_card
+from server.report import write_report
 from server.rounds import Run, RunFailed
 from server.store import read_events
 from shared.config import Job
+from shared.errors import SiteRefusal
 from shared.tasks import Sums, add_sums, load_task
 from shared.tasks.classification.learning import sums_of_logits
 from shared.weights import exchanged
@@ -331,7 +335,46 @@ def test_what_was_kept_is_written_down_with_its_rule(tiny_job: Job, three_sites:
     assert kept["round"] == result["best_round"] == min(values, key=lambda number: (values[number], number))
     assert kept["value"] == min(values.values())
     assert (kept["metric"], kept["direction"], kept["considered"]) == ("loss", -1, [1, 2, 3])
-    assert kept["rule"].startswith("smallest loss over all sites’ validation images")
+    assert kept["rule"].startswith("smallest loss over the validation images of all sites")
+
+
+def test_a_round_that_was_chosen_without_some_sites_is_said_to_be_so_everywhere(
+    three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    """Two of three sites keep every validation back: no figure may be called that of all sites."""
+    app = ClientApp()
+
+    def evaluated(message: Message, context: Context) -> Message:
+        keeps = context.node_config["name"] != "a" and message.content["config"]["split"] == "val"
+        if keeps:
+            raise SiteRefusal("small-cell", "fewer cases than are told")
+        return real(message, context)
+
+    app.query()(real)
+    app.train()(real)
+    app.evaluate()(evaluated)
+    out = tmp_path / "out"
+    federate(app, three_sites, tiny_job, out)
+    events = read_events(out)
+    [kept] = [event for event in events if event["event"] == "kept"]
+    val = next(e for e in events if e.get("split") == "val" and e["round"] == kept["round"])
+    assert set(val["sites"]) == {"a"}
+    own = f"1 of 3 sites (a, {val['images']} images)"
+    assert own in kept["rule"]
+    assert val["operating_point"]["whose"] == "1 of 3 sites (a)"
+    [warning] = [event["text"] for event in events if event["event"] == "warning"]
+    assert own in warning
+    assert "b (" in warning
+    assert "c (" in warning
+    page = html.unescape(write_report(out).read_text())
+    assert f"The global model on the validation images of {own}" in page
+    assert f"{val['images']} validation cases of 1 of 3 sites (a)" in page
+    assert "So few cases" in page
+    assert "Test: " in page
+    assert "those of all sites" in page, "the test is of all, and is said to be"
+    assert page.index(warning) < page.index("<table")
+    limits = model_card(out).split("## Limits")[1]
+    assert f"validation images of {own}" in limits.replace("\\", "")
 
 
 def test_without_validation_images_the_last_round_is_kept_and_said(

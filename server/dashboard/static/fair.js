@@ -1,10 +1,11 @@
 // For whom a model is how good: the operating point, groups of patients, every model at every site.
-import {count, h, number, table, withInterval} from './base.js';
+import {count, h, number, plural, table, withInterval} from './base.js';
 
+const FEW = 50; // validation cases below which a threshold is not firm, as in server/coverage.py
 const FIGURES = {sensitivity: 'Sensitivity', specificity: 'Specificity', ppv: 'Positive predictive value', npv: 'Negative predictive value', prevalence: 'Share that has it'};
 
 /** What the threshold does that was chosen on the validation images. */
-export function showPoint(point) {
+export function showPoint(point, whose) {
   if (!point) return [];
   const line = (first, figures) => [...first, ...Object.keys(FIGURES).map(key => figures ? withInterval(figures[key]) : '–')];
   const classes = Object.entries(point.classes);
@@ -12,7 +13,7 @@ export function showPoint(point) {
   const places = classes.flatMap(([name, one]) => Object.entries(one.sites ?? {}).map(([site, figures]) => line([site, name], figures)));
   const heads = Object.values(FIGURES);
   return [
-    table(`At the operating point, chosen on ${count(point.images)} validation cases (${point.words}), reported on the test cases of all sites`, ['Class', 'Yes from', ...heads], rows),
+    table(`At the operating point, chosen on ${plural(point.images, 'validation case')} of ${point.whose ?? 'the sites that told theirs'} (${point.words}), reported on the test cases of ${whose}.${point.images < FEW ? ` So few cases (fewer than ${FEW}) do not fix a threshold: choose it anew on more.` : ''}`, ['Class', 'Yes from', ...heads], rows),
     places.length ? h('details', {}, h('summary', {}, 'The operating point at each site'), table('The same threshold on each site’s own test cases', ['Site', 'Class', ...heads], places, 2)) : null,
   ];
 }

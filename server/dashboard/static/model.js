@@ -14,9 +14,9 @@ export async function show(main, id) {
     const words = found.metrics.find(one => one.key === found.run.metric) ?? {name: found.run.metric}, run = found.run;
     const kept = model.kept;
     fill(head, () => facts([['State', badge(run.status)],
-      [`Test ${words.name}, all sites`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
+      [`Test ${words.name}, ${found.whose.test}`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       ['Kept', run.best_round === null ? '–' : `round ${run.best_round}, ${words.name} ${number(run.best_value, words)} on validation images`],
-      ['Rule', kept ? `${kept.rule} (${plural(kept.considered.length, 'round')} looked at)` : `${words.direction < 0 ? 'smallest' : 'largest'} ${words.name} on validation images; of equals the earlier`]]), [run, kept]);
+      ['Rule', kept ? `${kept.rule} (${plural(kept.considered.length, 'round')} looked at)` : `${words.direction < 0 ? 'smallest' : 'largest'} ${words.name} on validation images; of equals the earlier`]]), [run, kept, found.whose]);
     fill(files, () => fileList(model, api), model);
     fill(before, () => against(previous), previous);
     fill(card, () => {

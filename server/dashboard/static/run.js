@@ -30,14 +30,14 @@ export async function show(main, id) {
     const found = await ask(api);
     metric = found.metrics.some(one => one.key === metric) ? metric : found.run.metric;
     const query = '?' + new URLSearchParams({metric});
-    fill(head, () => header(found, api, () => update()), [found.run, found.outcome, found.stoppable]);
+    fill(head, () => header(found, api, () => update()), [found.run, found.whose, found.outcome, found.stoppable]);
     chooser(found.metrics, () => update());
     const ready = await Promise.all([ask(api + '/warnings'), ask(api + '/course' + query), ask(api + '/sites' + query), ask(api + '/test'),
       ask(api + '/privacy'), ask(api + '/rounds'), ask(api + '/subgroups'), ask(api + '/cross-site' + query)]);
     const [told, by, local, test, spent, times, groups, matrix] = ready;
     fill(warnings, () => warningList(told, found.run), [told, found.run.status]);
-    await showCourse(course, by, found.run);
-    fill(tested, () => [...showTest(test, found), ...showPoint(test?.operating_point)], [test, found.children]);
+    await showCourse(course, by, found);
+    fill(tested, () => [...showTest(test, found), ...showPoint(test?.operating_point, found.whose.test)], [test, found.children, found.whose]);
     fill(sites, () => [...showSites(local, by, showGroups(groups, local.metric)), ...showMatrix(matrix)], [local, by.val, groups, matrix]);
     await grids(found.run);
     await showPrivacy(privacy, spent);
@@ -46,7 +46,7 @@ export async function show(main, id) {
   }, (kind, news) => kind === 'change' && news.runs.includes(Number(id)));
 }
 
-function header({run, metrics, stoppable, outcome}, api, update) {
+function header({run, metrics, whose, stoppable, outcome}, api, update) {
   const words = metrics.find(one => one.key === run.metric) ?? {name: run.metric};
   const answer = h('span', {role: 'status', class: 'note'});
   const stop = async event => {
@@ -58,7 +58,7 @@ function header({run, metrics, stoppable, outcome}, api, update) {
   return [
     facts([
       ['State', badge(outcome || run.status)],
-      [`Test ${words.name}, all sites`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
+      [`Test ${words.name}, ${whose.test}`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       [`Best ${words.name}, validation`, run.best_value === null ? '–' : `${number(run.best_value, words)} at round ${run.best_round}`],
       ['Rounds', `${count(run.done)} of ${count(run.rounds)}`],
       ['Sites', count(run.sites)], ['Started', time(run.started)],
@@ -84,16 +84,16 @@ function warningList(told, run) {
     : h('p', {class: 'good'}, run.status === 'running' ? 'Nothing so far.' : 'Nothing to warn of: every reply of every site was used.');
 }
 
-async function showCourse(place, by, run) {
+async function showCourse(place, by, {run, whose: {val: whose}}) {
   const words = by.metric, last = by.val.at(-1);
   const chart = h('div', {class: 'chart'});
   if (!fill(place, () => !by.val.length ? h('p', {class: 'note'}, 'No validation figure yet.') : [
     chart,
-    h('p', {class: 'note'}, `${words.name} on the validation images of all sites, with 95 % intervals. Last: ${withInterval(last, words)} at round ${last.round}`
+    h('p', {class: 'note'}, `${words.name} on the validation images of ${whose}, with 95 % intervals. Last: ${withInterval(last, words)} at round ${last.round}`
       + (by.test.length ? `; on the test images ${withInterval(by.test.at(-1), words)} at round ${by.test.at(-1).round}.` : '.')),
     h('details', {}, h('summary', {}, 'The figures as a table'), table(words.name, ['Round', 'Value [95 % interval]', 'Images'],
       by.val.map(point => [String(point.round), withInterval(point, words), count(point.n)]))),
-  ], [by, run.best_round]) || !by.val.length) return;
+  ], [by, run.best_round, whose]) || !by.val.length) return;
   const traces = curve(by.val, 'validation');
   const marked = by.val.find(point => point.round === by.best_round && point.value !== null);
   if (marked) traces.push({x: [marked.round], y: [marked.value], name: 'kept', mode: 'markers', marker: {symbol: 'circle-open', size: 15, color: '#D55E00', line: {width: 3}}, hoverinfo: 'skip'});
@@ -110,7 +110,7 @@ function showTest(test, found) {
   const parts = [];
   if (!test) parts.push(h('p', {class: 'note'}, 'Not tested yet: the kept model is tested when the rounds are done.'));
   else {
-    const rows = [['all sites', test], ...Object.entries(test.sites), ...(test.server ? [['server’s own images', test.server]] : [])];
+    const rows = [[found.whose.test, test], ...Object.entries(test.sites), ...(test.server ? [['server’s own images', test.server]] : [])];
     parts.push(table(`The model of round ${test.round} on test images; 95 % intervals in brackets`, ['Images of', ...chosen.map(one => one.name), 'Images'],
       rows.map(([name, row]) => [name, ...chosen.map(one => withInterval(row.metrics[one.key], one)), count(row.images)])));
   }
@@ -118,7 +118,7 @@ function showTest(test, found) {
     const words = found.metrics.find(one => one.key === found.run.metric);
     const kinds = {pooled: 'all data in one place', local: 'one site alone', reference: 'reference network'};
     const rows = [found.run, ...found.children.filter(run => run.kind !== 'reference')];
-    parts.push(table(`What it is held against: ${words.name} on all sites’ test images`, ['Model', 'Test [95 % interval]', 'Rounds'], rows.map(run => [
+    parts.push(table(`What it is held against: ${words.name} on the test images of ${found.whose.test}`, ['Model', 'Test [95 % interval]', 'Rounds'], rows.map(run => [
       run === found.run ? 'federated' : h('a', {href: `/runs/${run.id}`}, run.kind === 'local' ? `only ${run.path.split('/').at(-1).replace(/^local-/, '')}` : kinds[run.kind] ?? run.kind),
       withInterval({value: run.test_value, low: run.test_low, high: run.test_high}, words), count(run.done)])));
   }
@@ -141,7 +141,7 @@ function showSites(local, by, groups) {
   const rounds = points.map(point => point[0]);
   const bounds = {first: Math.min(...rounds), last: Math.max(...rounds), low: Math.min(...values), high: Math.max(...values)};
   const whole = by.val.filter(point => point.value !== null).map(point => [point.round, point.value]);
-  return [...parts, h('p', {class: 'note'}, `${words.name} on each site’s validation images; dashed: all sites. All on the scale from ${number(bounds.low, words)} to ${number(bounds.high, words)}.`),
+  return [...parts, h('p', {class: 'note'}, `${words.name} on each site’s validation images; dashed: the sites together. All on the scale from ${number(bounds.low, words)} to ${number(bounds.high, words)}.`),
     h('ul', {class: 'multiples'}, names.map(name => {
       const last = local.sites[name].filter(point => point[1] !== null).at(-1);
       const text = last ? withInterval({value: last[1], low: last[2], high: last[3]}, words) : '–';

@@ -115,7 +115,7 @@ async function compare(place, update) {
         shared.map(one => h('option', {value: one.key, selected: one.key === metric.key}, one.name)))),
       h('button', {type: 'button', onclick: () => { chosen.clear(); update(); }}, 'Compare none')),
     chart,
-    table('All sites together', ['Run', 'Best round, validation', 'Test [95 % interval]', 'Rounds', 'Sites'], runs.map(({run}, i) => [
+    table('The sites together', ['Run', 'Best round, validation', 'Test [95 % interval]', 'Rounds', 'Sites'], runs.map(({run}, i) => [
       h('a', {href: `/runs/${run.id}`}, names[i]), withInterval(best(courses[i]), metric), withInterval(courses[i].test.at(-1), metric), count(run.done), count(run.sites)])),
   ], [courses, runs]);
   if (news) {

@@ -58,6 +58,27 @@ def test_worst_site_and_spread_are_those_of_result_json(
     assert fair["spread"] == pytest.approx(max(sites.values()) - min(sites.values()))
 
 
+def test_of_whom_the_figures_are_is_told(
+    signed_in: TestClient, ids: dict[str, int], runs_folder: Path, tmp_path: Path
+) -> None:
+    from server.dashboard import views
+    from server.database import read
+    from server.database.engine import open_database
+
+    assert signed_in.get(f"/api/runs/{ids['first']}").json()["whose"] == {"val": "all sites", "test": "all sites"}
+    copy = tmp_path / "consilium.sqlite"
+    from_, to = sqlite3.connect(runs_folder / "consilium.sqlite"), sqlite3.connect(copy)
+    with contextlib.closing(from_) as whole, contextlib.closing(to) as other:
+        whole.backup(other)
+        every = "UPDATE evaluation SET place = 'dropped', reason = 'site-declined: small-cell' WHERE place = 'site' "
+        other.execute(every + "AND site != 'hill' AND event IN (SELECT id FROM event WHERE split = 'val')")
+        other.commit()
+    db = open_database(copy)
+    row = read.run(db, ids["first"])
+    images = read.evaluations(db, ids["first"], "val")[-1]["images"]
+    assert views.whose(db, row) == {"val": f"1 of 3 sites (hill, {images} images)", "test": "all sites"}
+
+
 def test_privacy_is_that_of_result_json(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:
     result = json.loads((runs_folder / "second" / "result.json").read_text())["federated"]["privacy"]
     shown = signed_in.get(f"/api/runs/{ids['second']}/privacy").json()
