@@ -35,6 +35,8 @@ from shared.bundle import release
 from shared.config import Scalar
 from shared.errors import UserError
 
+RUNS = 200  # that are asked for at once, the newest
+
 
 class Node(NamedTuple):
     """A site as Flower knows it."""
@@ -147,6 +149,13 @@ class Control:
             raise UnknownRun(f"the server knows no run {run}")
         status = run_from_proto(found[run]).status
         return Status(status.status, status.sub_status, status.details)
+
+    def statuses(self) -> dict[int, Status]:
+        """How the runs are by their numbers; of very many the newest."""
+        with self._asked():
+            found = self._client.ListRuns(ListRunsRequest(limit=RUNS)).run_dict
+        runs = {number: run_from_proto(one).status for number, one in found.items()}
+        return {number: Status(one.status, one.sub_status, one.details) for number, one in runs.items()}
 
     def stop(self, run: int) -> bool:
         """End a run; whether it could be ended."""

@@ -68,21 +68,23 @@ def runs(
     offset: Annotated[int, Query(ge=0, le=10**6)] = 0,
     sort: Sort = "-started",
     search: Annotated[str, Query(max_length=100, pattern=r"^[^\x00-\x1f]*$")] = "",
-    status: Literal["", "running", "finished", "failed"] = "",
+    status: Literal["", "running", "finished", "failed", "stopped", "unknown"] = "",
     task: Annotated[str, Query(max_length=32, pattern=r"^[a-z-]*$")] = "",
 ) -> Response:
-    """A page of the table of runs, how many match, and how each one's metric is called."""
+    """A page of the table of runs, how many match, how each one's metric is called, and of a federation whether its
+    ``server`` answers. A run is also stopped, or unknown while the server is away, if that is what it says."""
     wanted = {name: value for name, value in (("search", search), ("status", status), ("task", task)) if value}
-    rows, total = read.runs(_db(request), limit, offset, sort, wanted)
+    view = _federation(request)
+    rows, total = read.runs(_db(request), limit, offset, sort, wanted, views.states(_db(request), view))
     for row in rows:
         row["words"] = views.metric_words(row["task"], [row["metric"]])[0]
-    return _json({"runs": rows, "total": total})
+    return _json({"runs": rows, "total": total, "server": view.server() if view else None})
 
 
 @router.get("/runs/{id}", responses=NOT_FOUND)
 def run(request: Request, id: Id) -> Response:
     """A run's row, its job, its baselines, its metrics with their words, ``whose`` figures validation and test
-    are of, and whether it could be stopped from here."""
+    are of, whether it could be stopped from here, and of a federation whether its ``server`` answers."""
     row = _run(request, id)
     db, view = _db(request), _federation(request)
     names = views.metrics_of(read.evaluations(db, id), row["metric"])
@@ -91,10 +93,9 @@ def run(request: Request, id: Id) -> Response:
     found["metrics"] = views.metric_words(row["task"], names or [row["metric"]])
     found["whose"] = views.whose(db, row)
     folder = models.run_folder(db, row["path"])
-    # A run that was stopped, or whose server was killed, could not write that it is over: the server knows.
-    going = row["status"] == "running" and view is not None and folder is not None
-    outcome = view.outcome(folder) if going and view and folder else None
-    return _json(found | {"outcome": outcome or "", "stoppable": outcome == ""})
+    state = view.state(folder) if row["status"] == "running" and view is not None and folder is not None else None
+    found["run"]["status"] = state or row["status"]
+    return _json(found | {"stoppable": state == "running", "server": view.server() if view else None})
 
 
 @router.get("/runs/{id}/course", responses=NOT_FOUND)
@@ -268,12 +269,13 @@ def federation(request: Request) -> Response:
     """The sites over all runs, and of a provisioned federation who is connected and how long its certificate holds."""
     known: views.Sites = request.app.state.sites
     view, rows = _federation(request), []
+    server = {key: value for key, value in view.look().items() if key != "runs"} if view else None
     for row in known.rows():
         job = row["settings"]
         shown = {key: value for key, value in row.items() if key != "settings"}
         shown |= {"allowed": job.get("privacy.epsilon") or None, "classes": views.class_counts(row["classes"], job)}
         rows.append(shown | {f"{key}_words": _words(row[key]) for key in ("reason", "last_reason")})
-    return _json({"sites": rows, "server": view.look() if view else None})
+    return _json({"sites": rows, "server": server})
 
 
 def _words(reason: str | None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, and_, func, or_, select
+from sqlalchemy import Engine, and_, case, func, or_, select
 
 from server.database import schema as t
 from server.database.journal import key_of
@@ -20,18 +20,26 @@ from server.timing import split_time
 
 
 def runs(
-    db: Engine, limit: int = 50, offset: int = 0, sort: str = "-started", filter: Mapping[str, Any] | None = None
+    db: Engine,
+    limit: int = 50,
+    offset: int = 0,
+    sort: str = "-started",
+    filter: Mapping[str, Any] | None = None,
+    states: Mapping[int, str] | None = None,
 ) -> tuple[list[Row], int]:
     """Runs as rows of ``schema.run`` (without ``settings``), and how many there are in all.
 
     ``sort`` is a column, with ``-`` from the largest; missing values come last. ``filter`` holds columns and the value
     that each must have; of ``search`` the job's name or the path must contain it. Unless it names ``parent`` or
-    ``kind``, baselines and reference networks are left out.
+    ``kind``, baselines and reference networks are left out. ``states`` holds what somebody knows better than the
+    journals of these runs, by their ids: it takes the place of ``status``.
 
     Raises:
         UserError: no such column.
     """
-    column = run_column(sort.removeprefix("-"))
+    known = dict(states or {})
+    status = case(known, value=t.run.c.id, else_=t.run.c.status) if known else t.run.c.status
+    column = status if sort.removeprefix("-") == "status" else run_column(sort.removeprefix("-"))
     wanted = dict(filter or {})
     if not {"parent", "kind"} & set(wanted):
         wanted["kind"] = "federated"
@@ -39,13 +47,14 @@ def runs(
     if search := str(wanted.pop("search", "")):
         asked.append(or_(*(c.icontains(search, autoescape=True) for c in (t.run.c.name, t.run.c.path))))
     for name, value in wanted.items():
-        held = run_column(name)
+        held = status if name == "status" else run_column(name)
         asked.append(held.in_(value) if isinstance(value, (list, tuple)) else held == value)
     order = column.desc() if sort.startswith("-") else column.asc()
     listed = select(*LISTED).where(*asked).order_by(order.nulls_last(), t.run.c.id.desc()).limit(limit).offset(offset)
     with db.connect() as connection:
         total = connection.scalar(select(func.count()).select_from(t.run).where(*asked))
-        return plain(connection, listed), int(total or 0)
+        rows = plain(connection, listed)
+    return [row | {"status": known.get(row["id"], row["status"])} for row in rows], int(total or 0)
 
 
 def run(db: Engine, id: int) -> Row:

@@ -93,7 +93,9 @@ export function spans(rounds) {
   return found.map(([a, b]) => a === b ? a : `${a}–${b}`).join(', ');
 }
 
-export const badge = status => h('span', {class: `badge ${status}`}, status);
+export const badge = status => h('span', {class: `badge ${status}`}, status === 'unknown' ? 'not known' : status);
+/** Whether more may come of a run. */
+export const going = run => run.status === 'running' || run.status === 'unknown';
 
 export function facts(pairs) {
   return h('dl', {class: 'facts'}, pairs.filter(Boolean).map(([name, value, large]) =>
@@ -110,28 +112,43 @@ export function table(caption, head, rows, numeric = 1) {
         i ? h('td', {class: place(i)}, cell) : h('th', {scope: 'row'}, cell))))))));
 }
 
+let connected = false, away = false;
+function sign(kind, text) {
+  const place = document.getElementById('live');
+  place.className = `live ${kind}`;
+  if (place.textContent !== text) place.textContent = text;
+}
+
+/** A bar where the federation's server does not answer; the sign at the top says so, too. */
+export function serverBar(server, news) {
+  away = Boolean(server) && !server.running;
+  if (connected) sign(away ? 'off' : 'on', away ? 'the federation’s server does not answer' : 'live');
+  if (!away) return null;
+  return h('p', {class: 'bad', role: 'alert', id: 'server-away'}, `No news from the federation: ${server.reason}. `
+    + (server.heard === null ? 'It has not answered since this dashboard was started.' : `It last answered ${time(server.heard)}.`)
+    + (news ? ` Last news of ${news[0]}: ${time(news[1])}.` : ''));
+}
+
 export function problem(error) { return h('p', {class: 'bad', role: 'alert'}, error.message); }
 
 /** Call refresh now, whenever the server tells of news that concern the page, and after the line was lost. */
 export function live(refresh, concerns) {
-  const sign = document.getElementById('live');
-  const say = (kind, text) => { sign.className = `live ${kind}`; if (sign.textContent !== text) sign.textContent = text; };
   let running = false, again = false;
   async function update() {
     if (running) { again = true; return; }
     running = true;
     do {
       again = false;
-      try { await refresh(); } catch (error) { say('off', error.message); }
+      try { await refresh(); } catch (error) { sign('off', error.message); }
     } while (again);
     running = false;
   }
   const source = new EventSource('/api/events');
-  source.addEventListener('hello', () => { say('on', 'live'); update(); });
+  source.addEventListener('hello', () => { connected = true; sign('on', 'live'); update(); });
   for (const kind of ['change', 'federation']) {
     source.addEventListener(kind, event => { if (concerns(kind, JSON.parse(event.data))) update(); });
   }
-  source.onerror = () => say('off', 'no connection, trying again');
+  source.onerror = () => { connected = false; sign('off', 'no connection, trying again'); };
   addEventListener('pagehide', () => source.close());
   return update;
 }

@@ -1,5 +1,5 @@
 // The sites as cards.
-import {ask, count, epsilon, facts, fill, h, live, plural, time} from './base.js';
+import {ask, count, epsilon, facts, fill, h, live, plural, serverBar, time} from './base.js';
 
 export async function show(main) {
   document.title = 'Federation – Consilium';
@@ -16,7 +16,7 @@ function about(server) {
   if (!server) return h('p', {class: 'note'}, 'From the runs in the store. Who is connected now is shown when the dashboard is started with ', h('code', {class: 'nowrap'}, '--federation DIR'), '.');
   const online = Object.values(server.sites).filter(site => site.online).length, days = server.certificate;
   return [
-    server.running ? null : h('p', {class: 'bad'}, server.reason),
+    serverBar(server),
     days !== null && days < 30 ? h('p', {class: days < 0 ? 'bad' : 'warn'}, days < 0 ? 'The server’s certificate has expired.' : `The server’s certificate holds only ${plural(days, 'day')} more: consilium provision renews it.`) : null,
     facts([['Federation', server.name], ['Hospitals reach it at', server.address], ['Sites connected', server.running ? `${online} of ${Object.keys(server.sites).length}` : 'not known', true],
       ['Certificate holds', days === null ? 'cannot be read' : plural(days, 'day')]]),

@@ -1,18 +1,19 @@
 // What a run has made: best and last model with their hashes, model card, report.
-import {ask, badge, bytes, facts, fill, h, headline, live, number, plural, table, withInterval} from './base.js';
+import {ask, badge, bytes, facts, fill, h, headline, live, number, plural, serverBar, table, withInterval} from './base.js';
 import {tabs} from './run.js';
 
 export async function show(main, id) {
   const api = `/api/runs/${id}`;
   const first = await ask(api);
   document.title = `Model of ${first.run.name} – Consilium`;
-  const head = h('div'), files = h('div'), card = h('div'), before = h('div');
-  main.replaceChildren(h('h1', {}, first.run.name || first.run.path), h('p', {class: 'sub'}, first.run.path), tabs(id, 'Model'), head,
+  const bar = h('div'), head = h('div'), files = h('div'), card = h('div'), before = h('div');
+  main.replaceChildren(bar, h('h1', {}, first.run.name || first.run.path), h('p', {class: 'sub'}, first.run.path), tabs(id, 'Model'), head,
     h('h2', {}, 'Models'), files, before, h('h2', {}, 'Model card'), card);
   live(async () => {
     const [found, model, previous] = await Promise.all([ask(api), ask(api + '/model'), ask(api + '/previous')]);
     const words = found.metrics.find(one => one.key === found.run.metric) ?? {name: found.run.metric}, run = found.run;
     const kept = model.kept;
+    fill(bar, () => serverBar(found.server), found.server);
     fill(head, () => facts([['State', badge(run.status)],
       [`Test ${words.name}, ${found.whose.test}`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       ['Kept', run.best_round === null ? '–' : `round ${run.best_round}, ${words.name} ${number(run.best_value, words)} on validation images`],
@@ -25,7 +26,7 @@ export async function show(main, id) {
       place.innerHTML = model.card; // made by the server from Markdown, with all markup in it as text
       return place;
     }, model.card);
-  }, (kind, news) => kind === 'change' && news.runs.includes(Number(id)));
+  }, (kind, news) => kind === 'federation' || news.runs.includes(Number(id)));
 }
 
 /** The model and the release before it on the same sites' test sums. */

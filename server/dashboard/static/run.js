@@ -1,5 +1,5 @@
 // One run: warnings first, then the global metric, the sites, who trained when, privacy, time and bytes.
-import {ask, badge, bytes, count, epsilon, facts, fill, h, headline, live, number, plural, seconds, spans, table, time, withInterval} from './base.js';
+import {ask, badge, bytes, count, epsilon, facts, fill, going, h, headline, live, number, plural, seconds, serverBar, spans, table, time, withInterval} from './base.js';
 import {curve, DASHES, draw, escaped, SERIES, spark} from './charts.js';
 import {showGroups, showMatrix, showPoint} from './fair.js';
 import {gridOf} from './grid.js';
@@ -19,18 +19,19 @@ export async function show(main, id) {
     return [place, h('section', {'aria-labelledby': key}, h('h2', {id: key}, title), ...more, place)];
   };
   document.title = `${first.run.name} – Consilium`;
-  const head = h('div');
+  const bar = h('div'), head = h('div');
   const [warnings, s1] = part('warnings', 'Warnings'), [course, s2] = part('course', 'Global model by round', h('div', {id: 'metric'}));
   const [tested, s3] = part('tested', 'Test'), [sites, s4] = part('sites', 'Sites'), [grid, s5] = part('grid', 'Who trained when');
   const [privacy, s6] = part('privacy', 'Privacy'), [cost, s7] = part('cost', 'Time and bytes'), [job, s8] = part('job', 'Job');
   const title = h('h1', {}, first.run.name || first.run.path);
-  main.replaceChildren(title, h('p', {class: 'sub'}, first.run.path), tabs(id, 'Course'), head, s1, s2, s3, s4, s5, s6, s7, s8);
+  main.replaceChildren(bar, title, h('p', {class: 'sub'}, first.run.path), tabs(id, 'Course'), head, s1, s2, s3, s4, s5, s6, s7, s8);
   const grids = gridOf(grid, api);
   const update = live(async () => {
     const found = await ask(api);
     metric = found.metrics.some(one => one.key === metric) ? metric : found.run.metric;
     const query = '?' + new URLSearchParams({metric});
-    fill(head, () => header(found, api, () => update()), [found.run, found.whose, found.outcome, found.stoppable]);
+    fill(bar, () => serverBar(found.server, going(found.run) ? ['this run', found.run.updated] : null), [found.server, found.run.updated, found.run.status]);
+    fill(head, () => header(found, api, () => update()), [found.run, found.whose, found.stoppable]);
     chooser(found.metrics, () => update());
     const ready = await Promise.all([ask(api + '/warnings'), ask(api + '/course' + query), ask(api + '/sites' + query), ask(api + '/test'),
       ask(api + '/privacy'), ask(api + '/rounds'), ask(api + '/subgroups'), ask(api + '/cross-site' + query)]);
@@ -43,10 +44,10 @@ export async function show(main, id) {
     await showPrivacy(privacy, spent);
     await showCost(cost, times);
     fill(job, () => showJob(found), found.settings);
-  }, (kind, news) => kind === 'change' && news.runs.includes(Number(id)));
+  }, (kind, news) => kind === 'federation' || news.runs.includes(Number(id)));
 }
 
-function header({run, metrics, whose, stoppable, outcome}, api, update) {
+function header({run, metrics, whose, stoppable}, api, update) {
   const words = metrics.find(one => one.key === run.metric) ?? {name: run.metric};
   const answer = h('span', {role: 'status', class: 'note'});
   const stop = async event => {
@@ -57,15 +58,15 @@ function header({run, metrics, whose, stoppable, outcome}, api, update) {
   };
   return [
     facts([
-      ['State', badge(outcome || run.status)],
+      ['State', badge(run.status)],
       [`Test ${words.name}, ${whose.test}`, headline({value: run.test_value, low: run.test_low, high: run.test_high}, words), true],
       [`Best ${words.name}, validation`, run.best_value === null ? '–' : `${number(run.best_value, words)} at round ${run.best_round}`],
       ['Rounds', `${count(run.done)} of ${count(run.rounds)}`],
       ['Sites', count(run.sites)], ['Started', time(run.started)],
-      [run.status === 'running' ? 'Last news' : 'Took', run.status === 'running' ? time(run.updated) : seconds(run.seconds)],
+      [going(run) ? 'Last news' : 'Took', going(run) ? time(run.updated) : seconds(run.seconds)],
       ['Task and network', `${run.task}, ${run.model}`],
     ]),
-    run.status !== 'running' ? null : h('progress', {max: Math.max(run.rounds, 1), value: run.done, 'aria-label': 'Rounds done'}),
+    !going(run) ? null : h('progress', {max: Math.max(run.rounds, 1), value: run.done, 'aria-label': 'Rounds done'}),
     stoppable ? h('p', {}, h('button', {type: 'button', class: 'stop', onclick: stop}, 'Stop this run'), ' ', answer) : null,
   ];
 }
@@ -81,7 +82,7 @@ function warningList(told, run) {
       one.step === 'survey' ? ', before the first round' : `, ${STEPS[one.step] ?? one.step}, round ${spans(one.rounds)}`))
     : h('li', {class: one.kind === 'failed' ? 'bad' : null}, one.kind === 'failed' ? h('strong', {}, 'The run failed: ') : null, one.text));
   return lines.length ? h('ul', {class: 'warnings', id: 'warning-list'}, lines)
-    : h('p', {class: 'good'}, run.status === 'running' ? 'Nothing so far.' : 'Nothing to warn of: every reply of every site was used.');
+    : h('p', {class: 'good'}, run.status !== 'finished' ? 'Nothing so far.' : 'Nothing to warn of: every reply of every site was used.');
 }
 
 async function showCourse(place, by, {run, whose: {val: whose}}) {

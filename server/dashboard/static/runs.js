@@ -1,5 +1,5 @@
 // The table of runs: sort, filter, compare.
-import {ask, badge, count, fill, h, headline, live, number, problem, seconds, table, time, withInterval} from './base.js';
+import {ask, badge, count, fill, h, headline, live, number, problem, seconds, serverBar, table, time, withInterval} from './base.js';
 import {curve, draw} from './charts.js';
 
 const COLUMNS = [
@@ -15,24 +15,26 @@ const state = {sort: asked.get('sort') ?? '-started', search: asked.get('search'
 
 export async function show(main) {
   document.title = 'Runs – Consilium';
-  const body = h('div'), pages = h('div', {class: 'controls'}), comparison = h('section', {'aria-labelledby': 'compared', hidden: true});
+  const bar = h('div'), body = h('div'), pages = h('div', {class: 'controls'}), comparison = h('section', {'aria-labelledby': 'compared', hidden: true});
   const note = h('p', {class: 'note', role: 'status'});
-  main.replaceChildren(h('h1', {}, 'Runs'), filters(() => update()), note, body, pages, comparison);
+  main.replaceChildren(bar, h('h1', {}, 'Runs'), filters(() => update()), note, body, pages, comparison);
   const update = live(async () => {
     const query = new URLSearchParams({limit: SIZE, ...state});
     query.delete('metric');
     for (const [name, value] of [...query]) if (value === '') query.delete(name);
     let found;
     try { found = await ask('/api/runs?' + query); } catch (error) { fill(body, () => problem(error), error.message); throw error; }
+    const news = Math.max(...found.runs.map(run => run.updated));
+    fill(bar, () => serverBar(found.server, found.runs.length ? ['a run', news] : null), [found.server, news]);
     const focus = document.activeElement?.dataset?.key;
-    if (fill(body, () => runTable(found.runs, update), [found, state, [...chosen]]) && focus) {
+    if (fill(body, () => runTable(found.runs, update), [found.runs, state, [...chosen]]) && focus) {
       body.querySelector(`[data-key="${CSS.escape(focus)}"]`)?.focus();
     }
     note.textContent = found.total === 1 ? '1 run' : `${count(found.total)} runs`;
     fill(pages, () => paging(found.total, update), [found.total, state.offset]);
     await compare(comparison, update);
     remember();
-  }, kind => kind === 'change');
+  }, () => true);
 }
 
 function remember() {
@@ -50,7 +52,7 @@ function filters(update) {
     h('label', {class: 'field'}, 'Name or folder contains',
       h('input', {type: 'search', maxlength: 100, value: state.search, oninput: event => change('search', event.target.value)})),
     h('label', {class: 'field'}, 'State', h('select', {onchange: event => change('status', event.target.value)},
-      [['', 'any'], ['running', 'running'], ['finished', 'finished'], ['failed', 'failed']].map(([value, text]) => option(value, text, state.status)))),
+      [['', 'any'], ['running', 'running'], ['finished', 'finished'], ['failed', 'failed'], ['stopped', 'stopped'], ['unknown', 'not known']].map(([value, text]) => option(value, text, state.status)))),
     h('label', {class: 'field narrow'}, 'Sort by', h('select', {onchange: event => change('sort', event.target.value)},
       COLUMNS.slice(1).flatMap(([text, key]) => [option('-' + key, `${text}, largest first`, state.sort), option(key, `${text}, smallest first`, state.sort)]))));
 }

@@ -22,6 +22,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from client.app import app as real
 from server.operating import FIGURES
+from server.provision import provision
 from server.rounds import Run
 from server.wording import number
 from shared.config import job_from_flat
@@ -290,6 +291,23 @@ def simulate(data: Path, out: Path, flag: Path, settings: dict[str, Any]) -> Non
     job = job_from_flat(settings)
     with WorkerPool(slow_app(flag), 1) as pool:
         Run(LocalGrid(pool, nodes, job.flat()), job, out).run()
+
+
+def test_a_server_that_is_away_is_told_on_every_page(browser: Browser, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "federation.toml").write_text('name = "f"\n[server]\nhost = "127.0.0.1"\n[sites.a]\n')
+    provision(tmp_path / "federation.toml", tmp_path / "f", ())
+    served = Served(store, "--federation", str(tmp_path / "f"))
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(served.first)
+        for path in ("/", "/federation", "/runs/1", "/runs/1/model"):
+            page.goto(served.address + path)
+            expect(page.locator("#server-away")).to_contain_text("start it: consilium server start")
+            expect(page.locator("#live.off")).to_have_text("the federation’s server does not answer")
+    finally:
+        context.close()
+        served.end()
 
 
 @pytest.mark.slow
