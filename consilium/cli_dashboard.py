@@ -41,10 +41,15 @@ def dashboard(
 def _usual(federation: Path | None) -> Path:
     """The store that is meant where none is named."""
     from server.database.engine import STORE
+    from server.federation import Folder
     from shared.errors import UserError
 
     if federation is not None:
-        return federation / "runs" / STORE
+        Folder(federation).read()  # a name that is misspelt is no store that is missing
+        store = federation / "runs" / STORE
+        if not store.is_file():
+            raise UserError(f"{federation}: no run yet; `consilium run JOB.toml --federation {federation}` begins one")
+        return store
     places = [Path(STORE), Path("runs") / STORE, Path("demo") / STORE]
     for path in places:
         if path.is_file():

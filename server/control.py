@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -65,6 +67,10 @@ class UnknownRun(UserError):
     """The server knows no run of that number: it lost what it knew, or another one made the run."""
 
 
+class EndedRun(UserError):
+    """The run has ended already: there is nothing to stop."""
+
+
 class Control:
     """The control routes of the federation in ``folder``; use it as a context manager."""
 
@@ -96,7 +102,12 @@ class Control:
                 f"the server of {self.folder.path} does not answer; start it: consilium server start {self.folder.path}"
             ) from None
         except httpx.HTTPStatusError as error:
-            raise UserError(f"the server refused: {error.response.text[:300].strip() or error}") from None
+            code, said = _refusal(error.response)
+            if code == ApiErrorCode.RUN_ID_NOT_FOUND:
+                raise UnknownRun("the server knows no run of that number") from None
+            if code == ApiErrorCode.RUN_ALREADY_FINISHED:
+                raise EndedRun("the run has ended already") from None
+            raise UserError(f"the server refused: {said or error}") from None
 
     def answers(self) -> bool:
         """Whether SuperLink is there."""
@@ -158,9 +169,21 @@ class Control:
         return {number: Status(one.status, one.sub_status, one.details) for number, one in runs.items()}
 
     def stop(self, run: int) -> bool:
-        """End a run; whether it could be ended."""
-        with self._asked():
-            return bool(self._client.StopRun(StopRunRequest(run_id=run)).success)
+        """End a run; False where it has ended already, or could not be ended."""
+        try:
+            with self._asked():
+                return bool(self._client.StopRun(StopRunRequest(run_id=run)).success)
+        except EndedRun:
+            return False
+
+
+def _refusal(answer: httpx.Response) -> tuple[int, str]:
+    """Flower's number of what was wrong, 0 if it gives none, and its words in one line."""
+    try:
+        found = json.loads(answer.text)
+        return int(found.get("code", 0)), " ".join(str(found["detail"]).split())[:300].rstrip(".")
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return 0, " ".join(answer.text.split())[:300]
 
 
 def keep_keys(control: Control, folder: Folder) -> Iterator[str]:

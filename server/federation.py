@@ -166,6 +166,8 @@ class Folder:
         Raises:
             UserError: nothing was provisioned here, or its file was damaged.
         """
+        if self.path.is_file():
+            raise UserError(f"{self.path}: is a file; name the folder that was given to `consilium provision --out`")
         if not self.federation.exists():
             raise UserError(
                 f"{self.path}: no federation was set up here; do so with "

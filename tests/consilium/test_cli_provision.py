@@ -106,3 +106,15 @@ def test_provisioning_loads_neither_torch_nor_flower(tmp_path: Path, root: Path)
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_dashboard_of_no_federation_is_told_so(tmp_path: Path, root: Path) -> None:
+    done = consilium(tmp_path, root, "dashboard", "--federation", "fedration")
+    assert done.returncode
+    assert "fedration: no federation was set up here" in done.stderr
+    assert "store" not in done.stderr
+    (tmp_path / "federation.toml").write_text(TEXT.replace('key = "south.pub"\n', ""))
+    assert consilium(tmp_path, root, "provision", "federation.toml", "--out", "f").returncode == 0
+    done = consilium(tmp_path, root, "dashboard", "--federation", "f")
+    assert done.returncode
+    assert "f: no run yet; `consilium run JOB.toml --federation f` begins one" in done.stderr

@@ -26,6 +26,14 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def test_a_folder_without_a_federation_and_a_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path}: no federation was set up here; do so with `consilium provision"):
+        Folder(tmp_path).read()
+    path = write(tmp_path, GOOD)
+    with pytest.raises(UserError, match=r"is a file; name the folder that was given to `consilium provision --out`$"):
+        Folder(path).read()
+
+
 def test_everything_it_may_say(tmp_path: Path) -> None:
     federation = read_federation(
         write(
