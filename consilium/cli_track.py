@@ -21,8 +21,9 @@ from consilium.cli_runs import STORE_HELP
 def track(run: Path, uri: str | None, experiment: str, logs: Path | None, follow: bool, store: str) -> None:
     """Write the figures of the run folder RUN to MLflow, to TensorBoard, or to both.
 
-    They need `pip install 'consilium[mlflow]'` or `'consilium[tensorboard]'`. What goes there is what the store has:
-    figures by round, settings, names of sites, the report; never an image. Prometheus reads the dashboard's /metrics.
+    They need more packages; in the folder of the source: `pip install --constraint constraints.txt --editable
+    '.[mlflow,tensorboard]'`. What goes there is what the store has: figures by round, settings, names of sites, the
+    report; never an image. Prometheus reads the dashboard's /metrics.
     """
     from server.tracking.follow import track as write
     from shared.errors import UserError

@@ -47,6 +47,11 @@ CODES = {
 }
 
 
+def how_to_install(extra: str) -> str:
+    """How to add one of the optional sets of packages: from the source, for no registry has this project."""
+    return f"in the folder of the source: pip install --constraint constraints.txt --editable '.[{extra}]'"
+
+
 class UserError(Exception):
     """Bad input by a person: shown as one line without a traceback, exit code 2."""
 

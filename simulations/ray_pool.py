@@ -21,7 +21,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client import lazy
-from shared.errors import UserError
+from shared.errors import UserError, how_to_install
 from simulations.waiting import Outcome, PoolClosed, Reply, Task, Waiting, WorkerDied
 from simulations.worker import call, keep_memory, load
 
@@ -90,7 +90,7 @@ class RayPool:
         retries: int = 1,
     ) -> None:
         if ray is None:
-            raise UserError("--engine ray: Ray is not installed; pip install 'consilium[ray]'")
+            raise UserError(f"--engine ray: Ray is not installed; {how_to_install('ray')}")
         lazy.install()
         self._started = not ray.is_initialized()
         if self._started:

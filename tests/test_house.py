@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from shared import __version__
+from shared.errors import how_to_install
 
 PACKAGES = ("shared", "client", "server", "simulations", "consilium")
 MAY_IMPORT = {
@@ -62,6 +64,45 @@ def test_the_tested_set_is_plain_names_and_versions_and_covers_every_dependency(
     wanted = project["dependencies"] + [item for extra in project["optional-dependencies"].values() for item in extra]
     names = {re.match(r"[A-Za-z0-9._-]+", item).group().lower() for item in wanted}  # type: ignore[union-attr]
     assert names - {"consilium"} <= pinned
+
+
+def test_every_page_adds_packages_to_the_editable_installation_and_within_the_tested_set(root: Path) -> None:
+    """A plain `pip install '.[export]'` would put a frozen copy in the place of what `make` installed."""
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = 0
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        for before, names in re.findall(r"pip install([^`']*)'\.\[([\w,]+)\]'", page.read_text()):
+            assert before.split() == ["--constraint", "constraints.txt", "--editable"], page
+            assert set(names.split(",")) <= set(extras), page
+            found += 1
+    assert found >= 4
+
+
+def test_what_a_missing_package_asks_for_exists_and_comes_from_the_source(root: Path) -> None:
+    """A registry may have some other package of our name."""
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = how_to_install("export")
+    assert told.startswith("in the folder of the source: pip install ")
+    assert shlex.split(told.partition(": ")[2])[2:] == ["--constraint", "constraints.txt", "--editable", ".[export]"]
+    sources = "".join(path.read_text() for package in PACKAGES for path in (root / package).rglob("*.py"))
+    asked = set(re.findall(r"how_to_install\(['\"](\w+)['\"]\)", sources))
+    assert asked >= {"export", "mlflow", "postgres", "ray", "tensorboard"}
+    assert asked <= set(extras)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_what_the_pages_commands_write_is_not_committed_by_mistake(root: Path, tmp_path: Path) -> None:
+    """try/federation has an authority's private key."""
+    shutil.copy(root / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    written = [
+        "try/federation/ca/ca.key",
+        "studies/heterogeneity/study.html",
+        "registry/index.jsonl",
+        "demo/run/job.toml",
+    ]
+    done = subprocess.run(["git", "check-ignore", *written], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == written
 
 
 def commands(page: Path) -> list[str]:

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from consilium.shipping.graph import Graph, Runner, Spec
 from consilium.trained import empty
 from shared.config import Job
-from shared.errors import UserError
+from shared.errors import UserError, how_to_install
 from shared.tasks import load_task
 
 OPSET = 17
-INSTALL = "needs onnx and onnxruntime: pip install 'consilium[export]'"
 
 
 class Format(NamedTuple):
@@ -163,7 +162,9 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--format onnx: {INSTALL} ({error})") from None
+        raise UserError(
+            f"--format onnx: onnx and onnxruntime are not installed ({error}); {how_to_install('export')}"
+        ) from None
 
 
 def _write_onnx(graph: Graph, job: Job, spec: Spec, path: Path) -> None:

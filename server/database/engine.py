@@ -10,7 +10,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from server.database.migrate import migrate
-from shared.errors import UserError
+from shared.errors import UserError, how_to_install
 
 STORE = "consilium.sqlite"
 PATIENCE = 5.0  # seconds to wait for another's lock, or for PostgreSQL to answer
@@ -54,7 +54,7 @@ def open_database(store: str | Path | URL, create: bool = True) -> Engine:
         db = _engine(url)
         migrate(db)
     except (ModuleNotFoundError, NoSuchModuleError):
-        raise UserError("--store: PostgreSQL needs a driver; pip install 'consilium[postgres]'") from None
+        raise UserError(f"--store: PostgreSQL needs a driver; {how_to_install('postgres')}") from None
     except DBAPIError as error:
         raise UserError(f"{url.render_as_string()}: cannot be opened: {words(error)}") from None
     return db

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.database.query import Row
 from server.tracking.points import Point
-from shared.errors import UserError
+from shared.errors import UserError, how_to_install
 
 AT_ONCE = 1000  # figures of a request, MLflow's limit
 PARAMS = 100  # settings of a request, MLflow's limit
@@ -31,7 +31,7 @@ class Mlflow:
             from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
         except ImportError:
-            raise UserError("MLflow is not installed: pip install 'consilium[mlflow]'") from None
+            raise UserError(f"MLflow is not installed; {how_to_install('mlflow')}") from None
         self.uri, self.folder, self.error = uri, folder, MlflowException
         # Nobody waits minutes for a wrong address.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

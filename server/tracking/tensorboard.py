@@ -7,7 +7,7 @@ from pathlib import Path
 
 from server.database.query import Row
 from server.tracking.points import Point
-from shared.errors import UserError
+from shared.errors import UserError, how_to_install
 
 
 class TensorBoard:
@@ -17,7 +17,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("TensorBoard is not installed: pip install 'consilium[tensorboard]'") from None
+            raise UserError(f"TensorBoard is not installed; {how_to_install('tensorboard')}") from None
         self.folder = folder / f"{_plain(row['name'])}-{row['key'][:8]}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

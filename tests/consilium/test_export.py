@@ -630,6 +630,6 @@ def test_where_onnx_is_not_installed_it_is_named(
 ) -> None:
     run, _ = saved(tmp_path / "run", tiny_job)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"pip install 'consilium\[export\]'"):
+    with pytest.raises(UserError, match=r"in the folder of the source: pip install .* --editable '\.\[export\]'$"):
         export(run, tmp_path / "out")
     export(run, tmp_path / "out", ("torchscript",))

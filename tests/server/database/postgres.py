@@ -35,7 +35,7 @@ def _account() -> str | None:
 @contextmanager
 def server() -> Iterator[str]:
     """Gives the URL of an empty database; skips the test where there is no PostgreSQL."""
-    pytest.importorskip("psycopg", reason="the driver is not installed: pip install 'consilium[postgres]'")
+    pytest.importorskip("psycopg", reason="the driver is not installed: pip install --editable '.[postgres]'")
     initdb, postgres, account = _program("initdb"), _program("postgres"), _account()
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # a socket's path is 107 bytes at most
     if account:
