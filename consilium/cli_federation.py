@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from shared.terminal import wrapped
+
 
 @click.command()
 @click.argument("federation", type=Path, required=False, metavar="[FEDERATION.toml]")
@@ -31,7 +33,7 @@ def provision(federation: Path | None, out: Path, revoke: str | None, reinstate:
         raise click.UsageError("--revoke stands alone: consilium provision --out DIR --revoke SITE")
     lines = work.revoke(out, revoke) if revoke else work.provision(federation, out, reinstate)
     for line in lines:
-        click.echo(line)
+        _say(line)
 
 
 @click.command("keygen")
@@ -84,5 +86,11 @@ def site_fingerprint(files: tuple[Path, ...]) -> None:
 def _tell(digest: bytes, usual: str) -> None:
     from server import pki
 
-    click.echo(f"  words to compare by phone: {pki.words(digest)}")
-    click.echo(f"  {usual}")
+    for line in (*pki.words_lines(digest), f"  {usual}"):
+        click.echo(line)
+
+
+def _say(line: str) -> None:
+    """A line as wide as the terminal, what follows from it further in."""
+    for part in wrapped(line, "    "):
+        click.echo(part)

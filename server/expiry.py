@@ -15,6 +15,6 @@ def expiry(folder: Folder) -> tuple[str, bool]:
     days = days_left(x509.load_pem_x509_certificate(folder.server_cert.read_bytes()))
     advice = f"; renew it: consilium provision {folder.federation} --out {folder.path}" if days < SOON else ""
     return (
-        f"certificate: {f'valid for {int(days)} days' if days > 0 else 'EXPIRED, no site can connect'}{advice}",
+        f"certificate: {f'valid for {round(days)} days' if days > 0 else 'EXPIRED, no site can connect'}{advice}",
         days > 0,
     )

@@ -320,3 +320,9 @@ def words(digest: bytes) -> str:
     from mnemonic import Mnemonic
 
     return str(Mnemonic("english").to_mnemonic(digest[:16]))
+
+
+def words_lines(digest: bytes) -> list[str]:
+    """The same for a screen: two lines of six, which no terminal breaks."""
+    told = words(digest).split()
+    return ["  words to compare by phone:", f"    {' '.join(told[:6])}", f"    {' '.join(told[6:])}"]

@@ -41,7 +41,9 @@ def provision(file: Path | None, out: Path, reinstate: Sequence[str] = (), now: 
     federation = read_federation(file) if file else folder.read()
     _check(federation, folder, file, reinstate)
     with _locked(folder):
-        lines = [_authority(federation, folder, now), _server_certificate(federation, folder, now)]
+        lines = [_authority(federation, folder, now)]
+        _keep_out_of_git(folder)
+        lines.append(_server_certificate(federation, folder, now))
         lines += _server_files(federation, folder)
         for site in federation.sites:
             lines.append(f"{site.name}: {_site(federation, folder, site, site.name in reinstate, now)}")
@@ -140,10 +142,14 @@ def _authority(federation: Federation, folder: Folder, now: datetime) -> str:
     if left <= 0:
         raise UserError(f"{folder.ca_cert}: expired {ca.not_valid_after_utc:%Y-%m-%d}; provision into a new folder")
     late = "; sites need a new federation before then" if left < pki.SERVER_DAYS else ""
-    return (
-        f"authority: {done}, valid until {ca.not_valid_after_utc:%Y-%m-%d}{late}\n"
-        f"  words to compare by phone: {pki.words(pki.certificate_digest(ca))}"
-    )
+    told = f"authority: {done}, valid until {ca.not_valid_after_utc:%Y-%m-%d}{late}"
+    return "\n".join([told, *pki.words_lines(pki.certificate_digest(ca))])
+
+
+def _keep_out_of_git(folder: Folder) -> None:
+    """The folder has private keys: where it lies in somebody's repository, git leaves it alone."""
+    if not (ignore := folder.path / ".gitignore").exists():
+        _put(ignore, b"*\n")
 
 
 def _server_certificate(federation: Federation, folder: Folder, now: datetime) -> str:
@@ -165,7 +171,7 @@ def _server_certificate(federation: Federation, folder: Folder, now: datetime) -
     server = pki.read_certificate(folder.server_cert)
     return (
         f"server certificate: {f'made ({why})' if why else 'kept'}, valid until {server.not_valid_after_utc:%Y-%m-%d} "
-        f"({pki.days_left(server, now):.0f} days), for {', '.join(hosts)}"
+        f"({round(pki.days_left(server, now))} days), for {', '.join(hosts)}"
     )
 
 
@@ -235,9 +241,12 @@ def _site(federation: Federation, folder: Folder, site: SiteEntry, reinstate: bo
     _put(pub, f"{public} {site.name}\n".encode())
     if not kit.exists():
         return f"{done}; its kit was handed over and deleted, and is not made again (its key was only there)"
-    kit_done = f"kit written: kits/{kit.name}" if changed else "kit kept"
-    held = " (holds its private key: hand it over safely, then delete it here)" if private else ""
-    return f"{done}; {kit_done}{held}\n  words to compare by phone: {pki.words(pki.key_digest(public))}"
+    lines = [f"{done}; kit {'written' if changed else 'kept'}", f"  {kit}"]
+    if private and changed:
+        lines.append("  it holds the site's private key: hand it over safely, then delete it here")
+    elif private:
+        lines.append("  it still holds the site's private key: once it is handed over, delete it here")
+    return "\n".join([*lines, *pki.words_lines(pki.key_digest(public))])
 
 
 def _public(private: bytes) -> str:

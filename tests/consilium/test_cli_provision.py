@@ -25,6 +25,23 @@ def consilium(folder: Path, root: Path, *words: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.parametrize("width", [80, 118])
+def test_what_provision_says_fits_the_terminal_and_paths_stand_alone(
+    width: int, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    (tmp_path / "federation.toml").write_text(
+        'name = "council"\n[server]\nhost = "consilium.example.org"\nalso = ["fl.example.org", "10.0.0.5"]\n'
+        "[sites.hospital-north]\n[sites.hospital-hill]\n"
+    )
+    for _ in range(2):
+        done = consilium(tmp_path, root, "provision", "federation.toml", "--out", "try/federation")
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert max(map(len, lines)) <= width
+        assert "  try/federation/kits/hospital-north.zip" in lines
+
+
 def test_a_federation_from_the_sites_key_to_revoking(tmp_path: Path, root: Path) -> None:
     made = consilium(tmp_path, root, "site", "keygen", "--out", "south.key", "--name", "south")
     assert made.returncode == 0, made.stderr
@@ -37,7 +54,7 @@ def test_a_federation_from_the_sites_key_to_revoking(tmp_path: Path, root: Path)
     ).stdout.split()
     assert shown[1] in made.stdout
     assert shown[2] == "south"
-    words = re.findall(r"by phone: ((?:[a-z]+ ){11}[a-z]+)\n", made.stdout)
+    words = re.findall(r"by phone:\n((?: +(?:[a-z]+ ){5}[a-z]+\n){2})", made.stdout)
     assert len(words) == 1
 
     (tmp_path / "federation.toml").write_text(TEXT)
@@ -51,7 +68,7 @@ def test_a_federation_from_the_sites_key_to_revoking(tmp_path: Path, root: Path)
     told = consilium(tmp_path, root, "site", "fingerprint", "fed/ca/ca.crt", "south.key", "south.pub")
     assert told.returncode == 0, told.stderr
     assert told.stdout.count(words[0]) == 2
-    assert all(line in done.stdout for line in re.findall(r"  words.*", told.stdout))
+    assert all(block in done.stdout for block in re.findall(r"by phone:\n.*\n.*\n", told.stdout))
 
     gone = consilium(tmp_path, root, "provision", "--out", "fed", "--revoke", "north")
     assert gone.returncode == 0, gone.stderr

@@ -18,6 +18,7 @@ import pytest
 
 from client.policy import read_policy
 from server import kits, pki
+from server.expiry import expiry
 from server.federation import Folder
 from server.provision import provision, revoke
 from shared.errors import UserError
@@ -75,7 +76,7 @@ def made(tmp_path: Path, file: Path) -> Folder:
 def test_what_it_makes_and_who_may_read_it(made: Folder) -> None:
     files = content(made.path)
     assert set(files) == {
-        "federation.toml",
+        *(".gitignore", "federation.toml"),
         *("ca/ca.crt", "ca/ca.key"),
         *("server/server.crt", "server/server.key", "server/superexec.secret"),
         *("server/nginx.conf", "server/consilium-server.service", "server/compose.yml"),
@@ -89,6 +90,22 @@ def test_what_it_makes_and_who_may_read_it(made: Folder) -> None:
         assert (b"PRIVATE KEY" in data) == name.endswith(".key"), name
     words = ["openssl", "verify", "-x509_strict", "-verify_hostname", "fl.example.org", "-CAfile", str(made.ca_cert)]
     assert subprocess.run([*words, str(made.server_cert)], capture_output=True, timeout=60).returncode == 0
+
+
+def test_git_takes_nothing_of_it_and_a_gitignore_of_ones_own_stays(made: Folder) -> None:
+    ignore = made.path / ".gitignore"
+    assert ignore.read_text() == "*\n"
+    ignore.write_text("*\n!federation.toml\n")
+    provision(None, made.path, now=NOW)
+    assert ignore.read_text() == "*\n!federation.toml\n"
+
+
+def test_provision_and_status_count_the_same_days(tmp_path: Path, file: Path) -> None:
+    lines = provision(file, tmp_path / "fed")
+    (told,) = [line for line in lines if line.startswith("server certificate")]
+    days = re.search(r"\((\d+) days\)", told)
+    assert days is not None
+    assert expiry(Folder(tmp_path / "fed"))[0] == f"certificate: valid for {days[1]} days"
 
 
 def test_again_changes_nothing_to_the_byte_and_says_so(made: Folder, file: Path) -> None:
@@ -115,8 +132,11 @@ def test_a_new_site_leaves_the_others_as_they_are(made: Folder, file: Path) -> N
     after = content(made.path)
     assert set(after) - set(before) == {"sites/west/node.pub", "kits/west.zip"}
     assert {name for name in before if after[name] != before[name]} == {"federation.toml"}
-    assert any(line.startswith("west: new; kit written: kits/west.zip") for line in lines)
-    assert any(line.startswith("north: kept; kit kept") for line in lines)
+    new, kept = lines.index("west: new; kit written"), lines.index("north: kept; kit kept")
+    assert lines[new + 1] == f"  {made.kit('west')}"
+    assert "hand it over safely, then delete it here" in lines[new + 2]
+    assert "still holds" in lines[kept + 2]
+    assert "once it is handed over" in lines[kept + 2]
 
 
 @pytest.mark.parametrize(("days", "renewed"), [(330, False), (335.9, False), (336.1, True), (390, True), (500, True)])
