@@ -51,6 +51,16 @@ def wording(metric: str) -> Wording:
     return WORDINGS.get(key, Wording(key.replace("_", " ")))
 
 
+def limits(metric: str) -> tuple[float, float]:
+    """The least and the largest value that a metric can have."""
+    key = metric.partition(":")[0]
+    if key == "psnr":
+        return -math.inf, math.inf
+    if key == "ssim":
+        return -1.0, 1.0
+    return 0.0, math.inf if key == "loss" or wording(key).figures else 1.0
+
+
 def metric_name(metric: str, start: bool = False) -> str:
     """``auroc:WBC`` as AUROC WBC, ``hd95`` as Hausdorff 95 (mm); ``start``: with a capital, mAP aside."""
     words, part = wording(metric), metric.partition(":")[2]

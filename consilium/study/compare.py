@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy.stats import t as student
 
@@ -26,6 +26,10 @@ class Spread:
     low: float
     high: float
     n: int
+
+    def within(self, least: float, most: float) -> Spread:
+        """With its interval cut at what the value can be: Student's knows no limits, and of two seeds it is wide."""
+        return replace(self, low=max(self.low, least), high=min(self.high, most)) if self.n > 1 else self
 
     @property
     def above(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
@@ -12,7 +13,7 @@ from consilium.study.plan import TRIVIAL
 from consilium.study.tables import methods_of, size, title_of
 from consilium.study.verdict import difference, gains, with_sd
 from server.report_style import BLUE, GREEN, GREY, RED, SERIES, SYMBOLS, fit, new_figure, plain
-from server.wording import metric_name, wording
+from server.wording import limits, metric_name, wording
 
 
 def methods_figure(found: Found, setting: str) -> go.Figure | None:
@@ -21,7 +22,8 @@ def methods_figure(found: Found, setting: str) -> go.Figure | None:
     if not names:
         return None
     metric = _metric(found, setting)
-    spreads = {name: spread(list(found.values(setting, name).values())) for name in names}
+    least, most = limits(metric)
+    spreads = {name: spread(list(found.values(setting, name).values())).within(least, most) for name in names}
     told = "; ".join(f"{title_of(found, setting, name)} {with_sd(spreads[name], metric)}" for name in names[::-1])
     caption = "Mean over the seeds with its 95 % interval (thick), and each seed (thin marks), on all test images."
     figure = new_figure(120 + 34 * len(names), caption, f"{metric_name(metric, True)}: {told}.")
@@ -33,15 +35,14 @@ def methods_figure(found: Found, setting: str) -> go.Figure | None:
         )  # fmt: skip
         figure.add_scatter(
             x=[spreads[name].mean], y=[place], mode="markers", showlegend=False, marker={"size": 11, "color": colour},
-            error_x=_bars(spreads[name], colour), hovertemplate=f"{with_sd(spreads[name], metric)}<extra></extra>",
+            error_x=_bars([spreads[name]], colour, thickness=3, width=6),
+            hovertemplate=f"{with_sd(spreads[name], metric)}<extra></extra>",
         )  # fmt: skip
     labels = [plain(title_of(found, setting, name), 44) for name in names]
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, range=[-0.6, len(names) - 0.4])
     shown = [value for name in names for value in found.values(setting, name).values()]
     ends = [end for one in spreads.values() for end in (one.low, one.high) if math.isfinite(end)]
-    low, high = min(shown), max(shown)
-    room = 0.5 * (high - low) + 1e-9  # an interval of two seeds may reach to the moon
-    fit(figure, [*shown, *(end for end in ends if low - room <= end <= high + room)], "xaxis", wording(metric).figures)
+    fit(figure, [*shown, *ends], "xaxis", wording(metric).figures)
     figure.update_xaxes(title=f"{metric_name(metric, True)}, test")
     return figure
 
@@ -54,6 +55,7 @@ def gains_figure(found: Found, setting: str) -> go.Figure | None:
     if not sites:
         return None
     metric = _metric(found, setting)
+    least, most = limits(metric)
     caption = "Difference to the model that the site trained alone with as many gradient steps, on the site’s own test "
     caption += f"{found.cases[setting]}s; right of the line the federation is better. 95 % intervals, paired by seed."
     told = "; ".join(
@@ -65,11 +67,11 @@ def gains_figure(found: Found, setting: str) -> go.Figure | None:
         shift = 0.6 * (k / max(len(methods) - 1, 1) - 0.5) if len(methods) > 1 else 0.0
         colour = SERIES[k % len(SERIES)]
         there = [site for site in sites if site in gained]
-        bars = [_half(gained[site]) for site in there]
+        cut = [gained[site].within(least - most, most - least) for site in there]
         figure.add_scatter(
             x=[gained[site].mean for site in there], y=[sites.index(site) - shift for site in there], mode="markers",
             name=plain(name), marker={"size": 9, "color": colour, "symbol": SYMBOLS[k // len(SERIES) % len(SYMBOLS)]},
-            error_x={"type": "data", "array": bars, "color": colour, "thickness": 2, "width": 4},
+            error_x=_bars(cut, colour, thickness=2, width=4),
             text=[f"{plain(site)}: {difference(gained[site], metric)}" for site in there], hovertemplate="%{text}",
         )  # fmt: skip
     figure.add_vline(x=0, line={"color": GREY, "width": 1.5, "dash": "dot"})
@@ -92,10 +94,12 @@ def pareto_figure(found: Found, setting: str) -> go.Figure | None:
         return None
     metric = _metric(found, setting)
     best = on_front(found, setting)
-    caption = "Mean over the seeds; bytes are those of the models sent both ways. Ringed: no other method is "
-    caption += "as good in metric, traffic and epsilon and better in one (methods without privacy promise no epsilon)."
+    caption = "Mean over the seeds; bytes are those of the models sent both ways."
+    if best:
+        caption += " Ringed: no other method is as good in metric, traffic and epsilon and better in one (methods "
+        caption += "without privacy promise no epsilon)."
     told = "; ".join(f"{name} {with_sd(value, metric)} with {size(sent)}" for name, (sent, value, _) in points.items())
-    figure = new_figure(430, caption, f"{told}. Not beaten: {', '.join(sorted(best))}.")
+    figure = new_figure(430, caption, f"{told}." + (f" Not beaten: {', '.join(sorted(best))}." if best else ""))
     levels = list(dict.fromkeys(found.plan.levels[setting, name] for name in points))
     for k, level in enumerate(levels):
         there = [name for name in points if found.plan.levels[setting, name] == level]
@@ -120,9 +124,9 @@ def pareto_figure(found: Found, setting: str) -> go.Figure | None:
 
 
 def on_front(found: Found, setting: str) -> set[str]:
-    """The methods that no other beats in metric, bytes and epsilon together."""
+    """The methods that no other beats in metric, bytes and epsilon together; none in a quick study."""
     points = {}
-    for name in found.plan.methods:
+    for name in () if found.plan.quick else found.plan.methods:
         rows = found.of(setting, name)
         value = spread(list(found.values(setting, name).values())).mean
         if rows:
@@ -137,12 +141,11 @@ def _metric(found: Found, setting: str) -> str:
     return next(row.metric for row in found.rows if row.setting == setting)
 
 
-def _half(one: Spread) -> float | None:
-    return one.high - one.mean if math.isfinite(one.high) else None
-
-
-def _bars(one: Spread, colour: str) -> dict[str, object]:
-    return {"type": "data", "array": [_half(one)], "color": colour, "thickness": 3, "width": 6}
+def _bars(spreads: Sequence[Spread], colour: str, **form: float) -> dict[str, object]:
+    """Their intervals, which are cut at what the metric can be and so need not be as long on both sides."""
+    above = [one.high - one.mean if math.isfinite(one.high) else None for one in spreads]
+    below = [one.mean - one.low if math.isfinite(one.low) else None for one in spreads]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": colour, **form}
 
 
 def _colour(name: str) -> str:

@@ -63,12 +63,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where methods are compared: a data set, dealt out in one way."""
+    """Where methods are compared: a data set, dealt out in one way. ``only``: it is the only one, without a name."""
 
     name: str
     job: Path
     data: Path
     settings: Settings
+    only: bool = False
 
 
 def check_keys(content: Mapping[str, Any]) -> None:
@@ -117,17 +118,19 @@ def settings_of(content: Mapping[str, Any], path: Path, data: Path | None, name:
     for one, dealt in itertools.product(_tables(sets, "dataset"), partitions):
         own = dict(one)
         title, job = text_of(own, "name"), path.parent / text_of(own, "job")
+        at = f"{title}: " if "dataset" in content else ""  # the study's own name helps nobody to find the line
         if not title or not own.get("job"):
             raise UserError("[[dataset]]: each needs a name, a job and a data folder")
         where = (data or path.parent) / text_of(own, "data")
         if data is None and "data" not in own:
-            raise UserError(f'{title}: name its images: data = "FOLDER" in the file, or --data FOLDER')
+            raise UserError(f'{at}name its images: data = "FOLDER" in the file, or --data FOLDER')
         if not where.is_dir():
-            raise UserError(f"{title}: {where}: no such folder of images")
+            raise UserError(f"{at}{where}: no such folder of images")
         mine = _flat({k: v for k, v in own.items() if k not in ("name", "job", "data")}, "[[dataset]]")
         _known(mine, f"[[dataset]] {title}")
-        label = f"{title}, {dealt.name}" if dealt.name else title
-        yield Setting(label, job, where, _apart([common | mine, dealt.settings], "[[dataset]] and [[partition]]"))
+        label, only = f"{title}, {dealt.name}" if dealt.name else title, "dataset" not in content and not dealt.name
+        own_settings = _apart([common | mine, dealt.settings], "[[dataset]] and [[partition]]")
+        yield Setting(label, job, where, own_settings, only)
 
 
 def methods_of(content: Mapping[str, Any]) -> Iterator[Method]:

@@ -35,6 +35,7 @@ def _content(found: Found, told: Sequence[Verdict], outcomes: Sequence[Outcome])
         "version": __version__,
         "name": plan.name,
         "seeds": list(plan.seeds),
+        "quick": plan.quick,
         "recommendations": [vars(one) for one in told],
         "methods": [
             {

@@ -28,8 +28,9 @@ HEADINGS = {
 }
 SEEDS_NOTE = (
     "± is the standard deviation over seeds, brackets are 95 % intervals of the mean over seeds (Student’s t), "
-    "differences are paired by seed. They tell how much training varies, not how other patients would fare: "
-    "study.csv has the interval of each single run for its test images."
+    "differences are paired by seed; both are cut at what the metric can be. They tell how much training varies, not "
+    "how other patients would fare: study.csv has the interval of each single run for its test images. A dash: there "
+    "is no such figure; hospitals that train alone are several models, none of which is tested on all images."
 )
 PERSONAL_NOTE = (
     "Methods that leave each hospital a model of its own (FedBN, Ditto …) are judged by these, each on its hospital’s "
@@ -38,7 +39,12 @@ PERSONAL_NOTE = (
 BUDGET_NOTE = (
     "Means over the seeds, over all sites together; bytes are the models sent both ways, for training and for the "
     "validations between. Pooled and single-site models (each) take the same gradient steps, batch size, tuning and "
-    "augmentation. Rounds and bytes to target: until the validation figure first reached {target}."
+    "augmentation. Rounds and bytes to target: until the validation figure first reached {target}. A dash: there is "
+    "nothing to count."
+)
+FRONT_NOTE = (
+    "Not beaten: no other method is as good in metric, bytes and epsilon and better in one of them; a dash: one is, or "
+    "it is no method but what methods are held against."
 )
 _PAGE = shell(
     "study",
@@ -73,26 +79,35 @@ def _head(found: Found, verdicts: Sequence[Verdict]) -> Markup:
     """The answer first: for every setting which method, and whether a hospital is worse off."""
     lines = []
     for one in verdicts:
-        level = f" ({one.level})" if one.level else ""
         answer = " ".join([*one.lines[:1], *one.hospitals[:1]])
-        lines.append(f"<p><strong>{esc(one.setting)}{esc(level)}.</strong> {esc(answer)}</p>")
+        lines.append(f"<p>{_whose(found, one, '.')}{esc(answer)}</p>")
     plan = found.plan
     parts = ((plan.methods, "method"), (plan.settings, "setting"), (plan.seeds, "seed"))
     many = ", ".join(count(len(items), what) for items, what in parts) + "."
+    if plan.quick:
+        lines = [str(paragraph(f"{plan.caution[0].upper()}{plan.caution[1:]}.", "lead"))]
     shown = "\n".join(lines) or paragraph("No cell has finished.", "lead")
     return Markup(shown + paragraph(many, "note"))
 
 
+def _whose(found: Found, one: Verdict, end: str) -> Markup:
+    """What a sentence is about: the setting where there are several, and the level of privacy."""
+    parts = [] if found.plan.only else [one.setting]
+    name = " ".join([*parts, *([f"({one.level})"] if one.level else [])])
+    return Markup(f"<strong>{esc(name)}{end}</strong> " if name else "")
+
+
+def _titled(found: Found, setting: str, text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}" if found.plan.only else f"{setting}: {text}"
+
+
 def _warnings(found: Found, verdicts: Sequence[Verdict]) -> Markup:
+    first = [Markup(f"<strong>{esc(found.plan.caution)}</strong>")] if found.plan.quick else []
     failed = [Markup(f"<strong>Failed: {esc(one.title)}:</strong> {esc(one.reason)}") for one in found.failures]
-    told = [
-        Markup(f"<strong>{esc(one.setting)}{esc(f' ({one.level})' if one.level else '')}:</strong> {esc(text)}")
-        for one in verdicts
-        for text in one.warnings
-    ]
-    if not failed + told:
+    told = [Markup(f"{_whose(found, one, ':')}{esc(text)}") for one in verdicts for text in one.warnings]
+    if not first + failed + told:
         return paragraph("None: every cell of the study has finished.", "good")
-    return bullets(failed + told)
+    return bullets(first + failed + told)
 
 
 def _section(found: Found, verdicts: Sequence[Verdict], setting: str, figures: dict[str, go.Figure]) -> Markup:
@@ -105,17 +120,19 @@ def _section(found: Found, verdicts: Sequence[Verdict], setting: str, figures: d
     head = ["Method", f"{metric_name(metric, True)}, all test {found.cases[setting]}s", "Mean over sites", "Worst site",
             "Worst site, worst seed", "Least gain over alone", "Seeds"]  # fmt: skip
     rows = [[title_of(found, setting, name), *result_row(found, setting, name)] for name in names]
-    body = told + table(f"{setting}: what was reached", head, rows) + paragraph(SEEDS_NOTE, "note")
+    body = told + table(_titled(found, setting, "what was reached"), head, rows) + paragraph(SEEDS_NOTE, "note")
     if any(row.personal for row in found.rows if row.setting == setting):
         body += paragraph(PERSONAL_NOTE, "note")
     head = ["Method", "Gradient steps", f"{found.cases[setting].capitalize()}s seen", "Rounds", "Sent",
-            "Rounds to target", "Bytes to target", "Epsilon", "Not beaten"]  # fmt: skip
-    rows = [[title_of(found, setting, name), *budget_row(found, setting, name), "yes" if name in front else "–"]
-            for name in names]  # fmt: skip
+            "Rounds to target", "Bytes to target", "Epsilon", *(["Not beaten"] if front else [])]  # fmt: skip
+    rows = [[title_of(found, setting, name), *budget_row(found, setting, name),
+             *(["yes" if name in front else "–"] if front else [])] for name in names]  # fmt: skip
     target = f"{found.plan.target:g}" if found.plan.target is not None else ".98 of the pooled model’s best"
-    body += table(f"{setting}: at what cost", head, rows) + paragraph(BUDGET_NOTE.format(target=target), "note")
+    note = BUDGET_NOTE.format(target=target) + (f" {FRONT_NOTE}" if front else "")
+    body += table(_titled(found, setting, "at what cost"), head, rows) + paragraph(note, "note")
     body += _sites(found, setting, metric)
-    return Markup(f"<section><h2>{esc(setting)}</h2>\n{body}{_figures(found, setting, figures)}</section>\n")
+    heading = "Results" if found.plan.only else setting
+    return Markup(f"<section><h2>{esc(heading)}</h2>\n{body}{_figures(found, setting, figures)}</section>\n")
 
 
 def _told(one: Verdict) -> str:
@@ -136,7 +153,7 @@ def _sites(found: Found, setting: str, metric: str) -> Markup:
         if gain is None or math.isnan(gain.mean):
             return Markup("–")
         text = difference(gain, metric)
-        if gain.below:
+        if gain.below and not found.plan.quick:
             return Markup(f'{esc(text)} <span class="badge">worse off</span>')
         return esc(text)
 
@@ -144,7 +161,8 @@ def _sites(found: Found, setting: str, metric: str) -> Markup:
         return with_sd(spread([row.sites[site] for row in alone.values() if site in row.sites]), metric)
 
     rows = [[site, own(site), *(cell(site, name) for name in methods)] for site in sites]
-    return table(f"{setting}: each hospital alone, and what it gains", ["Site", "Alone", *methods], rows)
+    title = _titled(found, setting, "each hospital alone, and what it gains")
+    return table(title, ["Site", "Alone", *methods], rows)
 
 
 def _figures(found: Found, setting: str, figures: dict[str, go.Figure]) -> str:

@@ -21,6 +21,7 @@ from consilium.study.file import (
     text_of,
     value_words,
 )
+from server.record import count
 from shared import __version__
 from shared.config import Job, Scalar, job_from_flat, load_job, read_toml, toml_scalar
 from shared.errors import UserError
@@ -36,6 +37,7 @@ class Cell:
 
     Of baselines ``method`` says how they were trained, where the methods of a setting are not all held against the
     same. ``baseline`` is the id of the cell with the same data, seed, steps and tuning as this federated one.
+    ``only``: its setting is the study's only one, and needs no name on the screen.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Cell:
     job: Job
     data: Path
     baseline: str = ""
+    only: bool = False
 
     @property
     def id(self) -> str:
@@ -57,7 +60,7 @@ class Cell:
     def title(self) -> str:
         """What it is called on the screen."""
         setting, *rest = (word for word in self._words() if word)
-        return f"{setting}: {', '.join(rest)}"
+        return ", ".join(rest) if self.only else f"{setting}: {', '.join(rest)}"
 
     def _words(self) -> list[str]:
         kind = "" if self.kind == FEDERATED else self.kind
@@ -66,7 +69,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole study. ``levels`` holds the level of privacy of each setting's methods, "" where there is none."""
+    """A whole study. ``levels`` holds the level of privacy of each setting's methods, "" where there is none.
+
+    ``quick``: it was cut short to see that it runs, so that nothing is to be concluded from it.
+    """
 
     name: str
     settings: tuple[str, ...]
@@ -75,6 +81,18 @@ class Plan:
     seeds: tuple[int, ...]
     target: float | None
     cells: tuple[Cell, ...]
+    quick: bool = False
+
+    @property
+    def only(self) -> bool:
+        """Whether there is one setting, which is called as the study is."""
+        return self.settings == (self.name,)
+
+    @property
+    def caution(self) -> str:
+        """What must be said first of a quick study."""
+        rounds = max((cell.job.federation.rounds for cell in self.cells), default=QUICK_ROUNDS)
+        return f"quick: {count(len(self.seeds), 'seed')}, {count(rounds, 'round')}; shows that it runs, nothing else"
 
 
 def read_plan(path: Path, data: Path | None = None, quick: bool = False) -> Plan:
@@ -118,7 +136,7 @@ def _plan(content: Mapping[str, Any], path: Path, data: Path | None, quick: bool
         levels[place.name, method.name] = level_of(job)
         if measured.setdefault(place.name, (job.task, job.best_metric)) != (job.task, job.best_metric):
             raise UserError(
-                f"{place.name}: methods with different tasks or evaluation.best_metric cannot be compared; "
+                f"{_at(place)}methods with different tasks or evaluation.best_metric cannot be compared; "
                 "take them out of [grid], [[variant]] and [[privacy]]"
             )
         baseline = Cell(BASELINES, place.name, "", seed, _alone(job, place, method, more, quick), place.data)
@@ -132,9 +150,14 @@ def _plan(content: Mapping[str, Any], path: Path, data: Path | None, quick: bool
     # Seed by seed, so that a study that is broken off has whole ones; in each the longest first, the baselines, which
     # are as many models as there are sites and one more.
     every.sort(key=lambda cell: (seeds.index(cell.seed), (BASELINES, TRIVIAL, FEDERATED).index(cell.kind)))
+    every = [replace(cell, only=places[0].only) for cell in every]
     names = tuple(place.name for place in places)
     number = None if target is None else float(target)
-    return Plan(name, names, tuple(method.name for method in methods), levels, seeds, number, tuple(every))
+    return Plan(name, names, tuple(method.name for method in methods), levels, seeds, number, tuple(every), quick)
+
+
+def _at(place: Setting) -> str:
+    return "" if place.only else f"{place.name}: "
 
 
 def _job(place: Setting, method: str, settings: Settings, quick: bool) -> Job:
@@ -142,7 +165,7 @@ def _job(place: Setting, method: str, settings: Settings, quick: bool) -> Job:
     try:
         job = load_job(place.job, [f"{key}={toml_scalar(value)}" for key, value in chosen.items()])
     except UserError as error:
-        raise UserError(f"{place.name}, {method}: {error}") from None
+        raise UserError(f"{_at(place)}{method}: {error}") from None
     if quick:
         rounds = min(job.federation.rounds, QUICK_ROUNDS)
         return job.replace(federation__rounds=rounds, evaluation__every=max(rounds // 2, 1))

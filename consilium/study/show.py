@@ -29,6 +29,7 @@ from consilium.study.run import Observer
 from consilium.study.tables import methods_of, title_of
 from consilium.study.verdict import Verdict, with_sd
 from server.wording import metric_name, number
+from shared.terminal import wrapped
 
 
 @contextlib.contextmanager
@@ -64,7 +65,7 @@ class _Lines:
                 told = f"FAILED: {more}"
             else:
                 seconds = time.monotonic() - self.began[cell.id]
-                told = f"{self.score.get(cell.id, '')} ({seconds:.0f} s)".strip()
+                told = f"{self.score.get(cell.id) or 'done'} ({seconds:.0f} s)"
             line = f"[{self.ended}/{self.total}] {cell.title}: {told}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -107,12 +108,16 @@ def _score(cell: Cell, news: tuple[int, int, float | None]) -> str:
 
 
 def print_study(found: Found, told: Sequence[Verdict], folder: Path) -> None:
-    """For each setting its table and the recommendation, then what failed and where the page is."""
+    """For each setting its table and the recommendation, then what failed and where the page is; each sentence as
+    wide as the terminal."""
     console = Console()
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def say(text: str, indent: str = "") -> None:
+        for line in wrapped(text, indent):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    if found.plan.quick:
+        say(f"ATTENTION: {found.plan.caution}")
     for setting in found.plan.settings:
         if names := methods_of(found, setting):
             console.print(_table(found, setting, names))
@@ -122,7 +127,8 @@ def print_study(found: Found, told: Sequence[Verdict], folder: Path) -> None:
                     say(f"{f'[{one.level}] ' if one.level else ''}{line}")
     for failure in found.failures:
         say(f"FAILED {failure.title}: {failure.reason}")
-    say(f"page: {folder / 'study.html'}; figures: {folder / 'study.csv'}, {folder / 'sites.csv'}")
+    say(f"page: {folder / 'study.html'}")
+    say(f"figures: {folder / 'study.csv'}, {folder / 'sites.csv'}", "  ")
 
 
 def _table(found: Found, setting: str, names: Sequence[str]) -> Table:

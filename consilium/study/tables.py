@@ -12,7 +12,7 @@ from consilium.study.collect import ALONE, POOLED, Found, Row
 from consilium.study.compare import Spread, spread
 from consilium.study.plan import TRIVIAL
 from consilium.study.verdict import difference, gains, with_sd
-from server.wording import number
+from server.wording import limits, number
 
 COLUMNS = (
     "setting", "method", "privacy", "seed", "metric", "value", "low", "high", "n", "mean_over_sites", "worst_site",
@@ -57,6 +57,7 @@ def result_row(found: Found, setting: str, method: str) -> list[str]:
 
 
 def _with_interval(found: Spread, metric: str) -> str:
+    found = found.within(*limits(metric))
     ends = f" [{number(found.low, metric)}, {number(found.high, metric)}]" if math.isfinite(found.low) else ""
     return with_sd(found, metric) + ends
 

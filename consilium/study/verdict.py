@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from consilium.study.collect import ALONE, POOLED, Found
 from consilium.study.compare import Spread, paired, spread
 from consilium.study.plan import TRIVIAL
-from server.wording import metric_name, number
+from server.wording import limits, metric_name, number
 from shared.weights import whole
 
 
@@ -35,6 +35,8 @@ def with_sd(found: Spread, metric: str) -> str:
 
 def difference(found: Spread, metric: str) -> str:
     """``+.012 [+.002, +.022]``."""
+    least, most = limits(metric)
+    found = found.within(least - most, most - least)
     ends = (found.low, found.high)
     if found.low == found.high == 0:
         return "always the same"
@@ -71,8 +73,10 @@ def harmed(gained: dict[str, Spread]) -> list[str]:
 
 
 def verdicts(found: Found) -> list[Verdict]:
-    """One for each setting and level of privacy that has a finished cell, no privacy first."""
+    """One for each setting and level of privacy that has a finished cell, no privacy first; of a quick study none."""
     plan = found.plan
+    if plan.quick:
+        return []
     levels = sorted(set(plan.levels.values()), key=lambda level: (bool(level), level))
     told = []
     for setting in plan.settings:

@@ -129,7 +129,7 @@ def test_quick_takes_two_seeds_and_a_few_rounds_of_every_cell(tmp_path: Path) ->
         ("seeds = [1, 1]", "a seed stands there twice"),
         ("[grid]\n'federation.stratgy' = ['fedavg']", "(did you mean 'federation.strategy'?)"),
         ("[grid]\n'train.local_steps' = 3", "must be a list of values"),
-        ("[grid]\n'train.local_steps' = [1, -3]", "s, local steps -3: train.local_steps = -3: must be from 1 to"),
+        ("[grid]\n'train.local_steps' = [1, -3]", "s.toml: local steps -3: train.local_steps = -3: must be from 1 to"),
         ("[grid]\nseed = [0, 1]", "[grid] seed: is set by seeds = [0, 1, 2]"),
         ("[[variant]]\n'train.local_steps' = 3", "[[variant]]: each needs a name"),
         ("[[variant]]\nname = 'v'\n'train.local_steps' = [3]", "one value, not a list; lists stand in [grid]"),

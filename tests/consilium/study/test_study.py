@@ -22,6 +22,7 @@ import pytest
 from scipy import stats
 
 from tests.conftest import called
+from tests.consilium.study.conftest import STUDY, write_study
 
 
 @pytest.fixture(scope="session")
@@ -99,13 +100,13 @@ def test_every_model_has_the_same_steps_and_the_trivial_one_stands_beside(whole:
 
 def test_a_failing_cell_is_shown_with_its_reason_and_stops_nothing(whole: Path) -> None:
     content = json.loads((whole / "study.json").read_text())
-    assert [item["title"] for item in content["failed"]] == ["study: broken, seed 0", "study: broken, seed 1"]
+    assert [item["title"] for item in content["failed"]] == ["broken, seed 0", "broken, seed 1"]
     assert all("federation.min_sites" in item["reason"] for item in content["failed"])
     assert not any(line["method"] == "broken" for line in rows(whole))
     said = (whole / "said.txt").read_text()
-    assert re.search(r"\[\d+/9\] study: broken, seed 0: FAILED: .*too-far", said)
+    assert re.search(r"\[\d+/9\] broken, seed 0: FAILED: .*too-far", said)
     page = (whole / "study.html").read_text()
-    assert "Failed: study: broken, seed 1:" in page
+    assert "Failed: broken, seed 1:" in page
 
 
 def test_the_page_needs_no_network_and_says_the_answer_first(whole: Path) -> None:
@@ -115,10 +116,42 @@ def test_the_page_needs_no_network_and_says_the_answer_first(whole: Path) -> Non
     assert not re.search(r"(?:https?:)?//", own)
     head = page[page.index("<header>") : page.index("</header>")]
     assert "is best (by validation, 2 seeds): AUROC" in head
-    for part in ("what was reached", "at what cost", "each hospital alone, and what it gains"):
+    for part in ("What was reached", "At what cost", "Each hospital alone, and what it gains"):
         assert part in page
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL).group(1))  # type: ignore[union-attr]
     assert len(figures["figures"]) == 3
+
+
+def test_every_ended_cell_is_told_with_what_it_reached_and_sentences_fit_the_terminal(
+    whole: Path, study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = [line for line in (whole / "said.txt").read_text().splitlines() if line.startswith("[")]
+    assert any(re.fullmatch(r"\[\d/9\] trivial: done \(\d+ s\)", line) for line in first)
+    assert not any(re.search(r": \(|: study|study: ", line) for line in first)
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, said, _ = called(capsys, "study", study_file, "--out", out)
+    sentences = said[said.index("is best") :].splitlines()
+    assert max(len(line) for line in sentences if "/" not in line) <= 80
+
+
+def test_a_quick_study_says_first_that_it_was_quick_and_concludes_nothing(tmp_path: Path) -> None:
+    file = write_study(tmp_path, STUDY.replace("broken", "slow").replace('"federation.max_update_norm" = 1e-9', ""))
+    words = [sys.executable, "-m", "consilium", "study", str(file), "--quick"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    caution = "quick: 2 seeds, 2 rounds; shows that it runs, nothing else"
+    told = [line for line in done.stdout.splitlines() if not line.startswith("[")]
+    assert told[0] == f"ATTENTION: {caution}"
+    page = (tmp_path / "studies" / "study-quick" / "study.html").read_text()
+    page = re.sub(r"<script.*?</script>|<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert caution in page
+    assert page.index(caution[1:]) < page.index("What was reached")
+    for conclusion in ("best (", "better, by more", "worse off", "Not beaten", "cannot be told", "Cannot be told"):
+        assert conclusion not in page + done.stdout
+    content = json.loads((tmp_path / "studies" / "study-quick" / "study.json").read_text())
+    assert (content["quick"], content["recommendations"]) == (True, [])
 
 
 def test_what_is_finished_is_not_run_again_and_gives_the_same_table(

@@ -115,6 +115,23 @@ def test_what_cannot_be_told_is_not_claimed() -> None:
     )
 
 
+def test_no_interval_reaches_beyond_what_the_metric_can_be_and_the_chart_shows_all_of_it() -> None:
+    """Two seeds: Student's t makes an interval thirteen times as wide as the standard error."""
+    case = found(
+        rows(ALONE, [{"north": 0.4}, {"north": 0.9}], value=math.nan),
+        rows("a", [{"north": 0.78}, {"north": 0.94}]),
+    )
+    assert result_row(case, SETTING, "a")[0] == ".860 ± .113 [.000, 1.000]"
+    assert "[−1.000, +1.000]" in result_row(case, SETTING, "a")[4]
+    figure = methods_figure(case, SETTING)
+    assert figure is not None
+    (bar,) = [trace.error_x for trace in figure.data if trace.error_x.array]
+    assert (0.86 - bar.arrayminus[0], 0.86 + bar.array[0]) == pytest.approx((0, 1))
+    low, high = figure.layout.xaxis.range
+    assert low <= 0
+    assert high >= 1
+
+
 def test_one_seed_says_nothing_about_chance() -> None:
     case = found(rows(ALONE, wobble(0.95, 0.80, 1), value=math.nan), rows("a", wobble(0.9, 0.9, 1)))
     (one,) = verdicts(case)
