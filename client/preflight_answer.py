@@ -59,7 +59,8 @@ def authority(path: Path) -> Finding:
         is_authority = False
     digest = first.fingerprint(hashes.SHA256())
     name = plain(common_name(first.subject))
-    words = f"{path} is {name}, fingerprint “{spoken(digest)}” (SHA-256 {digest.hex(':').upper()})"
+    halves = " ".join(part.hex(":").upper() for part in (digest[:16], digest[16:]))  # one word would leave the screen
+    words = f"{path} is {name}, fingerprint “{spoken(digest)}” (SHA-256 {halves})"
     if not is_authority:
         return attention(title, f"{words}; it says nothing of being an authority", todo)
     left = first.not_valid_after_utc - datetime.now(UTC)

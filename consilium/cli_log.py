@@ -16,6 +16,9 @@ import click
 from client.egress_log import ASKED, HEAD, LEFT, LOG, Entry, Verdict, verify
 from shared.errors import CODES, UserError
 from shared.sitefile import OWN_FOLDER
+from shared.terminal import WIDTH, wrapped
+
+TABLE = 104  # columns of a terminal: with fewer the table's words would break into lines of one or two
 
 
 @click.command("log")
@@ -50,8 +53,8 @@ def site_log(file: Path, run: str | None, last: int | None, names: bool, only_ve
     if only_verify:
         if not verdict.faults:
             end = verdict.entries[-1]["sha256"] if verdict.entries else "–"
-            click.echo(f"IN ORDER: {path}: {len(verdict.entries)} lines, the last one's SHA-256 is {end}")
-            click.echo(f"Lines missing at the end show only against {HEAD} beside it: keep a copy elsewhere.")
+            click.echo(f"IN ORDER: {path}\n  {len(verdict.entries)} lines; SHA-256 of the last one:\n  {end}")
+            _say(f"Lines missing at the end show only against {HEAD} beside it: keep a copy elsewhere.")
         sys.exit(1 if verdict.faults else 0)
     entries = [_whole(entry) for entry in verdict.entries if entry]
     entries = [entry for entry in entries if run in (None, entry["run"])]
@@ -88,11 +91,14 @@ def _print(entries: list[Entry]) -> None:
     from rich.table import Table
 
     # Where no terminal says how wide it is, as wide as the table wants.
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 118)
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH)
     for (run, job), group in groupby(entries, key=lambda entry: (_plain(entry["run"]), _plain(entry.get("job", "")))):
-        own = list(group)
+        own, title = list(group), f"run {run}" + (f", job {job}" if job else "")
+        if console.width < TABLE:
+            click.echo("\n".join([title, *(line for entry in own for line in _in_lines(entry))]))
+            continue
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0), title_justify="left")
-        table.title = escape(f"run {run}" + (f", job {job}" if job else ""))
+        table.title = escape(title)
         for head in ("line", "when (UTC)", "round"):
             table.add_column(head, no_wrap=True)
         table.add_column("what came", min_width=10)
@@ -101,11 +107,32 @@ def _print(entries: list[Entry]) -> None:
         for head in ("bytes", "epsilon"):
             table.add_column(head, justify="right", no_wrap=True)
         for entry in own:
-            epsilon = "" if entry["epsilon"] is None else f"{entry['epsilon']:.3g}"
-            took = f"{entry['seconds']:.1f} s" if entry.get("seconds") else ""
+            took, epsilon = _took(entry), _epsilon(entry)
             cells = (str(entry["n"]), _when(entry), str(entry["round"]), _came(entry), took, _left(entry))
             table.add_row(*map(escape, cells), f"{entry['bytes']:,}", epsilon)
         console.print(table)
+
+
+def _in_lines(entry: Entry) -> list[str]:
+    """A reply where the terminal is too narrow for a table: figures, and below them in words what came and left."""
+    figures = [f"{entry['n']:>5}", _when(entry), f"round {entry['round']}", f"{entry['bytes']:,} bytes", _took(entry)]
+    figures += [f"epsilon {_epsilon(entry)}"] if _epsilon(entry) else []
+    words = wrapped(f"       came: {_came(entry)}; left: {_left(entry)}", " " * 9)
+    return ["  ".join(figure for figure in figures if figure), *words]
+
+
+def _took(entry: Entry) -> str:
+    return f"{entry['seconds']:.1f} s" if entry.get("seconds") else ""
+
+
+def _epsilon(entry: Entry) -> str:
+    return "" if entry["epsilon"] is None else f"{entry['epsilon']:.3g}"
+
+
+def _say(text: str) -> None:
+    """A sentence as wide as the terminal."""
+    for line in wrapped(text, "  "):
+        click.echo(line)
 
 
 def _summary(entries: list[Entry], home: Path, whole: bool) -> None:
@@ -116,12 +143,13 @@ def _summary(entries: list[Entry], home: Path, whole: bool) -> None:
     listed = ", ".join(f"{number} × {kind}" for kind, number in kinds.items())
     rest = ". Nothing else left." if whole else ""
     replies = "1 reply" if len(entries) == 1 else f"{len(entries):,} replies"
-    click.echo(f"{replies}, {total:,} bytes{f': {listed}' if listed else ''}{rest}")
+    _say(f"{replies}, {total:,} bytes{f': {listed}' if listed else ''}{rest}")
     if declined:
-        click.echo(
-            f"{declined} declined: only a code left; why stands in {home / 'site.log'}, which may name files and "
-            "patients and is for this site alone"
+        _say(
+            f"{declined} declined: only a code left. Why stands in the site's own log, which may name files and "
+            "patients and is for this site alone:"
         )
+        click.echo(f"  {home / 'site.log'}")
     click.echo("--names lists what was in them, --verify checks the log, --follow goes on")
 
 

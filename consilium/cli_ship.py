@@ -111,8 +111,8 @@ def registry_keygen(file: Path) -> None:
     from consilium.signing import keygen
 
     public, digest = keygen(file)
-    click.echo(f"private: {file}  (keep it off the registry's machine if you can)")
-    click.echo(f"public:  {public}  SHA-256 {digest}")
+    click.echo(f"private: {file}\n  keep it off the registry's machine if you can")
+    click.echo(f"public: {public}\n  SHA-256 {digest}")
 
 
 @registry.command("add")
@@ -127,9 +127,8 @@ def registry_add(run: Path, name: str, version: str, key: Path, also: Path | Non
     from consilium.registry import add
 
     entry = add(folder, run, name, version, key, also)
-    click.echo(
-        f"{name} {version} released: {folder / name / version}, {len(entry['files'])} files, number {entry['number']}"
-    )
+    click.echo(f"{name} {version} released: {len(entry['files'])} files, number {entry['number']}")
+    click.echo(f"  {folder / name / version}")
 
 
 @registry.command("list")
@@ -146,10 +145,8 @@ def registry_list(folder: Path) -> None:
             figure = f"{name} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         spent = entry["privacy"]
         epsilon = f"epsilon {spent['epsilon']:.3g}" if spent else "no DP"
-        click.echo(
-            f"{entry['name']} {entry['version']}  {entry['released']}  {entry['task']} {entry['model']}  {figure}  "
-            f"{entry['sites']} sites  {epsilon}  job {entry['job_sha256'][:12]}"
-        )
+        click.echo(f"{entry['name']} {entry['version']}  {entry['released']}  {entry['task']} {entry['model']}")
+        click.echo(f"  {figure}  {entry['sites']} sites  {epsilon}  job {entry['job_sha256'][:12]}")
 
 
 @registry.command("compare")
@@ -212,5 +209,6 @@ def registry_verify(folder: Path, key: Path | None) -> None:
         sys.exit(1)
     count = len(entries(folder))
     click.echo("the one release is as it was signed" if count == 1 else f"all {count} releases are as they were signed")
-    click.echo(f"key SHA-256 {digest}" + ("" if key else "  (the registry's own; compare it, or give --key)"))
-    click.echo(f"last line SHA-256 {last}  (keep it: a log cut off at its end shows by it)")
+    whose = "" if key else " (the registry's own; compare it, or give --key)"
+    click.echo(f"SHA-256 of the key{whose}:\n  {digest}")
+    click.echo(f"SHA-256 of the last line (keep it: a log cut off at its end shows by it):\n  {last}")

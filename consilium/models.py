@@ -8,6 +8,7 @@ from typing import NamedTuple
 from shared.config import Job, job_from_flat, nearest
 from shared.errors import UserError
 from shared.tasks import TASKS, load_task
+from shared.terminal import wrapped
 from shared.weights import REFERENCE
 
 
@@ -62,7 +63,7 @@ def lines(task: str = "") -> Iterator[str]:
         raise UserError(f"{task!r}: no such task; there are {', '.join(TASKS)}{nearest(task, TASKS)}")
     for name in [task] if task else TASKS:
         found = list(rows([name]))
-        yield f"{name}: {TASKS[name].about}"
+        yield from wrapped(f"{name}: {TASKS[name].about}", "    ")
         width = max(len(row.model) for row in found)
         for row in found:
             yield f"  {row.model:<{width}}  {row.parameters:>11,} parameters  {row.shape}"

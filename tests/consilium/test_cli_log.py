@@ -75,7 +75,8 @@ def test_every_reply_is_a_line_in_words(home: Path) -> None:
 def test_the_sum_of_it_is_a_sentence_that_says_where_the_reasons_are(home: Path) -> None:
     done = log(str(home / "site.toml"))
     assert "4 replies, 12,340 bytes: 2 × trained model, 1 × sums over images. Nothing else left." in done.output
-    assert f"1 declined: only a code left; why stands in {home / 'site.log'}" in done.output
+    assert "1 declined: only a code left." in done.output
+    assert f"  {home / 'site.log'}" in done.output.splitlines()
     part = log(str(home / "site.toml"), "--run", "8").output
     assert "declined" not in part
     assert "Nothing else left" not in part
@@ -85,6 +86,15 @@ def test_a_narrow_terminal_loses_no_column(home: Path) -> None:
     done = CliRunner(env={"COLUMNS": "80"}).invoke(commands, ["site", "log", str(home)])
     assert "1.23" in lines_of(done, "2026-03-02 10:20:30")[0]
     assert "2,468" in lines_of(done, "2026-03-02 10:20:30")[0]
+    told = [line for line in done.output.splitlines() if str(home) not in line]
+    assert max(map(len, told)) <= 80
+    assert "       came: test the model on test images; left: sums over images" in told  # not a word a line
+
+
+def test_what_verify_says_fits_the_terminal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = CliRunner().invoke(commands, ["site", "log", str(home), "--verify"])
+    assert max(len(line) for line in done.output.splitlines() if str(home) not in line) <= 80
 
 
 def test_every_kind_of_message_has_its_words() -> None:

@@ -81,6 +81,11 @@ def test_the_command_lists_all_or_one_task() -> None:
     assert len(list(lines("detection"))) == 1 + len(load_task("detection").MODELS)
 
 
+def test_the_list_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(len(line) for line in lines()) <= 80
+
+
 def test_an_unknown_task_is_named_with_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'segmentation'"):
         list(lines("segmentaton"))

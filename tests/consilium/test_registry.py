@@ -295,6 +295,20 @@ def called(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str,
     return code, *capsys.readouterr()
 
 
+def test_what_the_commands_say_fits_a_terminal_of_80_columns(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    release = ["--name", "chest", "--version", "1.0", "--key", "release.key"]
+    said = [called(capsys, "keygen", "release.key"), called(capsys, "add", finished, *release)]
+    said += [called(capsys, *words) for words in (["list"], ["verify"], ["verify", "--key", "release.key.pub"])]
+    for code, out, _ in said:
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 80
+    assert "the registry's own" in said[3][1]
+    assert "the registry's own" not in said[4][1]
+
+
 def test_the_commands(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_job: Job) -> None:
     folder = ["--registry", tmp_path / "registry"]
     code, said, _ = called(capsys, "keygen", tmp_path / "release")

@@ -112,6 +112,13 @@ def test_the_fingerprints_are_those_of_the_kits_guide(running: Folder, kit: Path
         assert words in guide
 
 
+def test_every_line_fits_a_terminal_of_80_columns(running: Folder, kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = check(kit).output.splitlines()
+    assert max(len(line) for line in shown if "/" not in line) <= 80
+    assert any("SHA-256" in line for line in shown)
+
+
 def test_a_kit_of_another_federation_is_refused_before_anything_is_asked(
     running: Folder, kit: Path, tmp_path: Path
 ) -> None:

@@ -286,6 +286,10 @@ def test_the_guide_needs_no_network_and_shows_the_fingerprints_that_the_usual_to
     for shown in (ca, key, pki.words(bytes.fromhex(ca.replace(":", ""))), "fl.example.org:9443", "north"):
         assert shown in page.text
     assert pki.words(pki.fingerprint(kit / "node.key")[0]) in page.text
+    steps = page.text[page.text.index("Steps") :]  # the same commands as in docs/hospital.md
+    assert "consilium site check site.toml --job JOB.toml" in steps
+    assert "Ask the coordinator for the job" in steps
+    assert "consilium site start site.toml" in steps
 
 
 def test_a_site_that_made_its_own_key_gets_a_kit_without_one(tmp_path: Path, file: Path) -> None:
