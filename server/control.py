@@ -33,6 +33,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from server.expiry import expiry
 from server.federation import Folder
+from server.started import is_started, is_starting
 from shared.bundle import release
 from shared.config import Scalar
 from shared.errors import UserError
@@ -98,6 +99,11 @@ class Control:
             line, valid = expiry(self.folder)
             if not valid:
                 raise UserError(f"the server's {line}") from None
+            if is_starting(self.folder):
+                raise UserError(f"the server of {self.folder.path} is starting: try again in a moment") from None
+            if is_started(self.folder):
+                logs = f"see the logs in {self.folder.state}"
+                raise UserError(f"the server of {self.folder.path} is started but does not answer; {logs}") from None
             raise UserError(
                 f"the server of {self.folder.path} does not answer; start it: consilium server start {self.folder.path}"
             ) from None
@@ -184,6 +190,14 @@ def _refusal(answer: httpx.Response) -> tuple[int, str]:
         return int(found.get("code", 0)), " ".join(str(found["detail"]).split())[:300].rstrip(".")
     except (ValueError, AttributeError, KeyError, TypeError):
         return 0, " ".join(answer.text.split())[:300]
+
+
+def submitted(run: Path) -> int | None:
+    """The server's number of the run in a run folder; None where none is written there."""
+    try:
+        return int(json.loads((run / "submitted.json").read_text(encoding="utf-8"))["number"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def keep_keys(control: Control, folder: Folder) -> Iterator[str]:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from server.control import Control, keep_keys
+from server.control import Control, keep_keys, submitted
 from server.expiry import expiry
 from server.federation import Folder
 from server.gateway import command, configuration
+from server.started import lock_file, state_file
 from shared.alone import alone
 from shared.errors import UserError
 from shared.files import write_text
@@ -42,25 +43,21 @@ def start(path: Path, say: Callable[[str], None]) -> None:
     except OSError as error:
         raise UserError(f"{folder.state}: cannot be written: {error.strerror}") from None
     taken, cannot = f"{folder.path}: this server is started already", f"{folder.state}: cannot be written"
-    with alone(folder.state / "start.lock", taken, cannot):
+    with alone(lock_file(folder), taken, cannot):
         if folder.nginx_conf.read_text(encoding="utf-8") != configuration(federation):
             write_text(folder.nginx_conf, configuration(federation))  # it tells the versions, which may be new ones
         for port, host in ((federation.port, federation.listen), (federation.internal_port, "127.0.0.1")):
             _require_free(host, port)
         health = {SUPERLINK: _free_port(), EXECUTOR: _free_port()}
         children = _children(folder, federation.internal_port, health)
-        write_text(state_file(folder), json.dumps({"pid": os.getpid(), "health": health}))
+        write_text(state_file(folder), json.dumps({"pid": os.getpid(), "started": time.time(), "health": health}))
         say(f"{federation.name}: hospitals reach it at {federation.address}; Ctrl-C ends it")
         try:
-            supervise(children, lambda child, status: say(_ended(child, status)), _Watch(folder, children, say).tick)
+            watch = _Watch(folder, children, say)
+            supervise(children, lambda child, status: say(_ended(child, status)), watch.tick, lambda: _tell(path, say))
         finally:
             state_file(folder).unlink(missing_ok=True)
         say("stopped")
-
-
-def state_file(folder: Folder) -> Path:
-    """Where a server that runs writes down its process and the ports of its health service."""
-    return folder.state / "server.json"
 
 
 def _require_free(host: str, port: int) -> None:
@@ -114,6 +111,22 @@ def _children(folder: Folder, port: int, health: dict[str, int]) -> list[Child]:
 
 def _ended(child: Child, status: int) -> str:
     return f"{child.name} ended (status {status}) and is started again in {child.wait:.0f} s; see {child.log}"
+
+
+def _tell(path: Path, say: Callable[[str], None]) -> None:
+    """Name the runs that the end of the server breaks off, and how each goes on."""
+    folder = Folder(path.resolve())
+    try:
+        with Control(folder) as control:
+            going = {number for number, status in control.statuses().items() if not status.over}
+    except (UserError, OSError):  # it does not answer: nothing is known of its runs
+        return
+    for run in sorted(folder.runs.glob("*/submitted.json")):
+        if submitted(run.parent) in going:
+            say(
+                f"run {run.parent.name} breaks off; when the server is started again, it goes on with "
+                f"`consilium run --federation {path} --resume {run.parent.name}`"
+            )
 
 
 class _Watch:

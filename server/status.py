@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import grpc
@@ -11,7 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server.control import Control
 from server.expiry import expiry
 from server.federation import Folder
-from server.running import EXECUTOR, SUPERLINK, state_file
+from server.running import EXECUTOR, SUPERLINK
+from server.started import is_started, is_starting, state
 from shared.errors import UserError
 
 
@@ -25,14 +25,16 @@ def status(path: Path) -> tuple[list[str], bool]:
     federation = folder.read()
     line, well = expiry(folder)
     lines = [line]
-    if not state_file(folder).exists():
+    found = state(folder)
+    if not is_started(folder) or "health" not in found:
         return [f"{federation.name}: not started; consilium server start {path}", *lines], False
-    ports = json.loads(state_file(folder).read_text(encoding="utf-8"))["health"]
+    ports, starting = found["health"], is_starting(folder)
     lines.insert(0, f"{federation.name}: hospitals reach it at {federation.address}")
     for name in (SUPERLINK, EXECUTOR):
         serving = _serving(ports[name])
         well &= serving
-        lines.append(f"{name}: {'serving' if serving else 'does not answer; see its log in ' + str(folder.state)}")
+        away = "is starting" if starting else f"does not answer; see its log in {folder.state}"
+        lines.append(f"{name}: {'serving' if serving else away}")
     try:
         with Control(folder) as control:
             nodes = control.nodes()

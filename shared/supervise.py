@@ -71,12 +71,14 @@ def supervise(
     children: Sequence[Child],
     ended: Callable[[Child, int], None],
     tick: Callable[[], None] = lambda: None,
+    ending: Callable[[], None] = lambda: None,
 ) -> None:
     """Start ``children`` in their order and keep them running until SIGTERM, SIGINT, or ``tick`` or ``ended`` raises.
 
     Args:
         ended: hears each child that ended, with its exit status, before it is started again; may raise to give up.
         tick: is called between looks at the children.
+        ending: is called once when told to stop, while the children still run.
     """
     with _told_to_stop() as stopped:
         try:
@@ -91,6 +93,7 @@ def supervise(
                         child.start()
                 tick()
                 time.sleep(POLL)
+            ending()
         finally:
             end_all([child.process for child in reversed(children) if child.process is not None])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from cryptography import x509
 
-from server.control import Control, Status
+from server.control import Control, Status, submitted
 from server.federation import Folder
 from server.pki import days_left
 from shared.errors import UserError
@@ -62,10 +61,7 @@ class FederationView:
         """The server's number of the run in a run folder; None where it is no run of this federation."""
         if run.parent != self.folder.runs.resolve():
             return None
-        try:
-            return int(json.loads((run / "submitted.json").read_text(encoding="utf-8"))["number"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return submitted(run)
 
     def state(self, run: Path) -> str | None:
         """Of a run that its journal calls running: running, finished, failed or stopped, as the server says; unknown

@@ -61,8 +61,15 @@ def test_a_run_is_followed_and_stopped(live: Live, tiny_job: Job, tmp_path: Path
         cross = client.post(f"{url}/stop", headers={"Origin": "https://evil.example"})
         assert cross.status_code == 403
         assert client.post(f"{url}/stop").json() == {"stopped": True}
-        until(lambda: client.get(url).json()["outcome"] == "stopped", 30, "end of the run")
+        until(lambda: client.get(url).json()["run"]["status"] == "stopped", 30, "end of the run")
         assert client.get(url).json()["stoppable"] is False
+        assert client.get("/api/runs", params={"status": "stopped"}).json()["runs"][0]["path"] == name
     said = live.follow(name, code=1)
     assert "the run stopped" in said
     assert len(live.events(name, "round")) < 2000
+    name = live.submit(job, *settings)
+    until(lambda: live.events(name, "round"), 120, "first round")
+    live.end("server")
+    assert f"run {name} breaks off" in live.said("server")
+    assert f"consilium run --federation {live.path} --resume {name}" in live.said("server")
+    assert live.said("server").rstrip().endswith("stopped")

@@ -109,3 +109,17 @@ def test_what_a_child_started_and_left_behind_ends_too(tmp_path: Path) -> None:
     while psutil.pid_exists(other) and psutil.Process(other).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_it_is_told_of_the_end_while_the_others_still_run(tmp_path: Path) -> None:
+    child = Child("s", SLEEP, tmp_path / "log")
+    seen: list[bool] = []
+
+    def ending() -> None:
+        assert child.process is not None
+        seen.append(child.process.poll() is None)
+
+    supervise([child], lambda *_: None, lambda: os.kill(os.getpid(), signal.SIGTERM), ending)
+    assert seen == [True]
+    assert child.process is not None
+    assert child.process.poll() is not None
