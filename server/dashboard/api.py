@@ -25,7 +25,8 @@ Row = dict[str, Any]
 Id = Annotated[int, Path(ge=1, le=2**63 - 1)]
 Round = Annotated[int | None, Query(ge=1, le=10**6)]
 Metric = Annotated[str, Query(max_length=96, pattern=r"^[^\x00-\x1f]*$")]
-_SORTED = "started|updated|name|task|model|status|done|rounds|sites|best_value|test_value|dropped|warnings|seconds"
+_SORTED = "started|updated|name|task|model|status|done|rounds|sites|best_value|test_value"
+_SORTED += "|lost_training|lost_evaluations|warnings|seconds"
 Sort = Annotated[str, Query(pattern=f"^-?({_SORTED})$")]
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such run, or it has no such file."}}
 router = APIRouter(prefix="/api", responses={401: {"description": "Sign in with the token."}})

@@ -25,7 +25,7 @@ _OF_RUN = {
     "round": ("done", "Training rounds that are done."),
     "rounds": ("rounds", "Training rounds that were asked for."),
     "sites": ("sites", "Sites that take part."),
-    "dropped_replies": ("dropped", "Replies of sites that were not used."),
+    "dropped_replies": ("dropped", "Replies of sites that were not used, of whatever was asked."),
     "warnings": ("warnings", "Warnings of the run."),
     "seconds": ("seconds", "From the first event of the run to the last."),
     "updated_timestamp_seconds": ("updated", "When the last news of the run came, seconds since 1970."),
@@ -119,7 +119,9 @@ class _Collector:
 
     def _sites(self) -> Iterable[Any]:
         epsilon = _gauge("consilium_site_epsilon", "Epsilon that a site said last it had spent.", ("site",))
-        lost = _gauge("consilium_site_dropped_replies", "Replies of a site that were not used, in all.", ("site",))
+        lost = _gauge(
+            "consilium_site_dropped_replies", "Replies of a site to training that were not used, in all.", ("site",)
+        )
         for row in read.sites(self.db):
             lost.add_metric([row["name"]], row["dropped"])
             if row["epsilon"] is not None:

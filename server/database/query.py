@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Column, Connection, Engine, Select, and_, select
+from sqlalchemy import Column, ColumnElement, Connection, Engine, Select, and_, func, select
 
 from server.database import schema as t
 from server.database.rows import joined_evaluation, joined_round
@@ -74,6 +74,24 @@ def run_column(name: str) -> Column[Any]:
     if name not in t.run.c or name == "settings":
         raise UserError(f"{name!r}: runs have {', '.join(column.name for column in LISTED)}")
     return t.run.c[name]
+
+
+# Replies that were not used, by what was asked for: names of columns and the kind of event that each counts.
+LOST = {"lost_training": "round", "lost_evaluations": "evaluation"}
+
+
+def lost(name: str) -> ColumnElement[int]:
+    """How many replies of a kind were not used in the run of a row of the table of runs."""
+    asked = select(func.coalesce(func.sum(t.event.c.dropped), 0))
+    return asked.where(t.event.c.run == t.run.c.id, t.event.c.kind == LOST[name]).correlate(t.run).scalar_subquery()
+
+
+def lost_evaluations(connection: Connection) -> dict[str, int]:
+    """Validations and tests of which a site gave no figures, by site, over all runs but baselines."""
+    asked = select(t.evaluation.c.site, func.count()).join_from(t.event, t.evaluation).join(t.run)
+    asked = asked.where(t.run.c.kind == "federated", t.event.c.kind == "evaluation", t.event.c.dropped > 0)
+    found = connection.execute(asked.where(t.evaluation.c.place == "dropped").group_by(t.evaluation.c.site))
+    return {str(site): int(n) for site, n in found}
 
 
 def plain(connection: Connection, asked: Select[Any]) -> list[Row]:

@@ -10,12 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, and_, case, func, or_, select
+from sqlalchemy import Engine, case, func, or_, select
 
 from server.database import schema as t
 from server.database.journal import key_of
-from server.database.query import LISTED, Row, evaluated, exists, figures_of, plain, run_column, run_row, spent
+from server.database.query import (
+    LISTED,
+    LOST,
+    Row,
+    evaluated,
+    exists,
+    figures_of,
+    lost,
+    plain,
+    run_column,
+    run_row,
+    spent,
+)
 from server.database.query import events as events
+from server.database.sites import sites as sites
 from server.timing import split_time
 
 
@@ -27,7 +40,8 @@ def runs(
     filter: Mapping[str, Any] | None = None,
     states: Mapping[int, str] | None = None,
 ) -> tuple[list[Row], int]:
-    """Runs as rows of ``schema.run`` (without ``settings``), and how many there are in all.
+    """Runs as rows of ``schema.run`` (without ``settings``) with ``lost_training`` and ``lost_evaluations``, the
+    replies that were not used by what was asked for; and how many runs there are in all.
 
     ``sort`` is a column, with ``-`` from the largest; missing values come last. ``filter`` holds columns and the value
     that each must have; of ``search`` the job's name or the path must contain it. Unless it names ``parent`` or
@@ -39,7 +53,8 @@ def runs(
     """
     known = dict(states or {})
     status = case(known, value=t.run.c.id, else_=t.run.c.status) if known else t.run.c.status
-    column = status if sort.removeprefix("-") == "status" else run_column(sort.removeprefix("-"))
+    by = sort.removeprefix("-")
+    column: Any = status if by == "status" else lost(by) if by in LOST else run_column(by)
     wanted = dict(filter or {})
     if not {"parent", "kind"} & set(wanted):
         wanted["kind"] = "federated"
@@ -50,10 +65,17 @@ def runs(
         held = status if name == "status" else run_column(name)
         asked.append(held.in_(value) if isinstance(value, (list, tuple)) else held == value)
     order = column.desc() if sort.startswith("-") else column.asc()
-    listed = select(*LISTED).where(*asked).order_by(order.nulls_last(), t.run.c.id.desc()).limit(limit).offset(offset)
+    listed = (
+        select(*LISTED, *(lost(name).label(name) for name in LOST))
+        .where(*asked)
+        .order_by(order.nulls_last(), t.run.c.id.desc())
+        .limit(limit)
+        .offset(offset)
+    )
     with db.connect() as connection:
         total = connection.scalar(select(func.count()).select_from(t.run).where(*asked))
         rows = plain(connection, listed)
+    rows = [row | {name: int(row[name]) for name in LOST} for row in rows]  # PostgreSQL sums to decimals
     return [row | {"status": known.get(row["id"], row["status"])} for row in rows], int(total or 0)
 
 
@@ -288,44 +310,6 @@ def surveyed(db: Engine, id: int) -> list[Row]:
     with db.connect() as connection:
         exists(connection, id)
         return plain(connection, asked)
-
-
-def sites(db: Engine) -> list[Row]:
-    """The sites over all runs but baselines: name, runs (that surveyed it), last_run (id), node, train, val, test,
-    classes, skipped, reason and surveyed of the last run; epsilon (the last it told in that run); dropped (replies to
-    training that were not used, in all), last_reason and last_dropped (time), None if there was none."""
-    whole = select(t.site.c.name, func.count().label("runs"), func.max(t.site.c.run).label("last_run"))
-    whole = whole.join_from(t.site, t.run).where(t.run.c.kind == "federated").group_by(t.site.c.name)
-    latest = whole.subquery()
-    names = ("node", "train", "val", "test", "classes", "skipped", "reason", "surveyed")
-    same = and_(t.site.c.run == latest.c.last_run, t.site.c.name == latest.c.name)
-    asked = select(latest, *(t.site.c[name] for name in names)).join(t.site, same).order_by(latest.c.name)
-    unused = t.site_round.c.reason.is_not(None)
-    counts = select(t.site_round.c.site, func.count().label("dropped"), func.max(t.site_round.c.event).label("event"))
-    lost = counts.where(unused).group_by(t.site_round.c.site).subquery()
-    last = select(lost.c.site.label("name"), lost.c.dropped, t.site_round.c.reason.label("last_reason"))
-    last = last.add_columns(t.event.c.time.label("last_dropped")).join_from(lost, t.event, t.event.c.id == lost.c.event)
-    row_ = and_(t.site_round.c.event == lost.c.event, t.site_round.c.site == lost.c.site, unused)
-    last = last.join(t.site_round, row_)
-    with db.connect() as connection:
-        found = {row["name"]: row | _NOTHING for row in plain(connection, asked)}
-        for row in plain(connection, last):
-            if row["name"] in found:
-                found[row["name"]] |= row
-        told = {id: _last_epsilon(connection, id) for id in {row["last_run"] for row in found.values()}}
-    for name, own in found.items():
-        own["epsilon"] = told[own["last_run"]].get(name)
-    return list(found.values())
-
-
-_NOTHING: Row = {"epsilon": None, "dropped": 0, "last_reason": None, "last_dropped": None}
-
-
-def _last_epsilon(connection: Any, id: int) -> dict[str, float]:
-    """What each site said last in a run."""
-    asked = select(t.site_round.c.site, t.site_round.c.epsilon).join_from(t.event, t.site_round)
-    asked = asked.where(t.event.c.run == id, t.event.c.kind == "round", t.site_round.c.epsilon.is_not(None))
-    return {row.site: row.epsilon for row in connection.execute(asked.order_by(t.event.c.round))}
 
 
 def _whole(row: Row) -> Row:

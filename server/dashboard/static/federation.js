@@ -42,13 +42,13 @@ function card(name, site, node, server) {
       pairs.push(['Privacy spent', h('span', {}, `epsilon ${epsilon(site.epsilon)}${site.allowed ? ` of ${epsilon(site.allowed)}` : ''}`,
         site.allowed ? h('meter', {min: 0, max: site.allowed, value: site.epsilon, 'aria-label': `Privacy spent of ${name}`}) : null)]);
     }
-    pairs.push(['Replies not used', count(site.dropped)]);
+    pairs.push(['Training replies not used', count(site.dropped)], ['Evaluations without figures', count(site.lost_evaluations)]);
   }
   const state = !server?.running ? null : !node ? ['off', 'no longer accepted'] : node.online ? ['on', 'connected'] : ['off', 'not connected'];
   return h('li', {class: 'card'},
     h('header', {}, h('h3', {}, name), state ? h('span', {class: `badge ${state[0]}`}, state[1]) : null),
     h('dl', {}, pairs.flatMap(([term, value]) => [h('dt', {}, term), h('dd', {}, value)])),
     site?.reason ? h('p', {class: 'bad'}, `Takes no part in the last run: ${site.reason_words}`) : null,
-    site?.last_reason ? h('p', {class: 'warn'}, `Last reply not used, ${time(site.last_dropped)}: ${site.last_reason_words}`) : null,
+    site?.last_reason ? h('p', {class: 'warn'}, `Last training reply not used, ${time(site.last_dropped)}: ${site.last_reason_words}`) : null,
     site ? null : h('p', {class: 'note'}, 'Has taken part in no run yet.'));
 }

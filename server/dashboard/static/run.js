@@ -77,12 +77,18 @@ function chooser(metrics, update) {
 }
 
 function warningList(told, run) {
-  const lines = told.map(one => one.kind === 'refused'
-    ? h('li', {}, h('strong', {}, one.site), `: ${one.words}`, h('span', {class: 'quiet'},
-      one.step === 'survey' ? ', before the first round' : `, ${STEPS[one.step] ?? one.step}, round ${spans(one.rounds)}`))
-    : h('li', {class: one.kind === 'failed' ? 'bad' : null}, one.kind === 'failed' ? h('strong', {}, 'The run failed: ') : null, one.text));
-  return lines.length ? h('ul', {class: 'warnings', id: 'warning-list'}, lines)
-    : h('p', {class: 'good'}, run.status !== 'finished' ? 'Nothing so far.' : 'Nothing to warn of: every reply of every site was used.');
+  const grave = told.filter(one => one.kind !== 'refused').map(one => h('li', {class: one.kind === 'failed' ? 'bad' : null},
+    one.kind === 'failed' ? h('strong', {}, 'The run failed: ') : null, one.text));
+  const lost = told.filter(one => one.kind === 'refused');
+  if (!told.length) return h('p', {class: 'good'}, run.status !== 'finished' ? 'Nothing so far.' : 'Nothing to warn of: every reply of every site was used.');
+  const times = steps => lost.filter(one => steps.includes(one.step)).reduce((sum, one) => sum + one.rounds.length, 0);
+  return [
+    grave.length ? h('ul', {class: 'warnings', id: 'warning-list'}, grave) : h('p', {class: 'note'}, 'No warning of the run.'),
+    lost.length ? h('h3', {}, 'Replies not used') : null,
+    lost.length ? h('p', {class: 'note', id: 'lost-count'}, `Training replies not used: ${count(times(['round']))}. Evaluations without figures: ${count(times(['val', 'test']))}.`) : null,
+    lost.length ? h('ul', {class: 'warnings', id: 'lost-list'}, lost.map(one => h('li', {}, h('strong', {}, one.site), `: ${one.words}`, h('span', {class: 'quiet'},
+      one.step === 'survey' ? ', before the first round' : `, ${STEPS[one.step] ?? one.step}, round ${spans(one.rounds)}`)))) : null,
+  ];
 }
 
 async function showCourse(place, by, {run, whose: {val: whose}}) {

@@ -4,8 +4,8 @@ import {curve, draw} from './charts.js';
 
 const COLUMNS = [
   ['Compare'], ['Run', 'name'], ['State', 'status'], ['Job', 'task'], ['Sites', 'sites'], ['Rounds', 'done'],
-  ['Best, validation', 'best_value'], ['Test, 95 % interval', 'test_value'], ['Replies not used', 'dropped'],
-  ['Warnings', 'warnings'], ['Started', 'started'], ['Took', 'seconds'],
+  ['Best, validation', 'best_value'], ['Test, 95 % interval', 'test_value'], ['Training replies not used', 'lost_training'],
+  ['Evaluations without figures', 'lost_evaluations'], ['Warnings', 'warnings'], ['Started', 'started'], ['Took', 'seconds'],
 ];
 const SIZE = 50, MOST = 8;
 const asked = new URLSearchParams(location.search);
@@ -82,7 +82,8 @@ function row(run, update) {
     cell('Rounds', `${count(run.done)} of ${count(run.rounds)}`),
     cell('Best, validation', run.best_value === null ? '–' : h('span', {}, `${run.words.name} ${number(run.best_value, run.words)}`, h('span', {class: 'quiet'}, `, round ${run.best_round}`))),
     cell('Test', headline({value: run.test_value, low: run.test_low, high: run.test_high}, run.words)),
-    cell('Replies not used', count(run.dropped)),
+    cell('Training replies not used', count(run.lost_training)),
+    cell('Evaluations without figures', count(run.lost_evaluations)),
     cell('Warnings', count(run.warnings)),
     cell('Started', h('span', {class: 'nowrap'}, time(run.started))),
     cell('Took', seconds(run.seconds)));

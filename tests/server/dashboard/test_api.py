@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from server.store import read_events
+from server.dashboard.app import create_app
+from server.dashboard.guard import Access
+from server.store import Store, read_events
+
+from .conftest import SIGNED_IN, TOKEN, make_job
 
 
 def scores_of(figures: dict[str, Any], images: int) -> dict[str, Any]:
@@ -77,6 +81,30 @@ def test_of_whom_the_figures_are_is_told(
     row = read.run(db, ids["first"])
     images = read.evaluations(db, ids["first"], "val")[-1]["images"]
     assert views.whose(db, row) == {"val": f"1 of 3 sites (hill, {images} images)", "test": "all sites"}
+
+
+def test_one_thing_is_counted_under_one_name(tmp_path: Path) -> None:
+    """Table, page and cards agree on training replies not used, evaluations without figures, and warnings."""
+    store = Store(tmp_path / "run")
+    (tmp_path / "run" / "job.toml").write_text(make_job().toml())
+    no, images = [{"site": "a", "reason": "no-reply"}], {"train": 8, "val": 4, "test": 4}
+    sites = [{"node": 1, "name": name, "images": images, "classes": [4, 4], "skipped": 0} for name in "ab"]
+    store.add("start", job="0" * 64, name="x", rounds=3, version="1")
+    store.add("survey", sites=sites, dropped=[{"site": "late", "reason": "no-reply"}])
+    for number in (1, 2, 3):
+        store.add("round", round=number, trained=[], dropped=no if number == 2 else [], seconds=1.0)
+        lost = [{"site": name, "reason": "site-declined: small-cell"} for name in "ab"]
+        store.add("evaluation", round=number, split="val", metrics={}, images=0, sites={}, site_images={}, dropped=lost)
+    store.add("warning", text="careful")
+    app = create_app(tmp_path / "consilium.sqlite", Access(TOKEN))
+    with TestClient(app, base_url="http://127.0.0.1:8600", headers=SIGNED_IN) as client:
+        (row,) = client.get("/api/runs", params={"sort": "-lost_evaluations"}).json()["runs"]
+        told = client.get(f"/api/runs/{row['id']}/warnings").json()
+        cards = [card for card in client.get("/api/federation").json()["sites"] if card["name"] in "ab"]
+    times = {step: sum(len(one["rounds"]) for one in told if one.get("step") == step) for step in ("round", "val")}
+    assert row["lost_training"] == times["round"] == sum(card["dropped"] for card in cards) == 1
+    assert row["lost_evaluations"] == times["val"] == sum(card["lost_evaluations"] for card in cards) == 6
+    assert row["warnings"] == len([one for one in told if one["kind"] != "refused"]) == 1
 
 
 def test_privacy_is_that_of_result_json(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:

@@ -337,10 +337,10 @@ def test_a_running_simulation_is_followed_and_a_lost_site_shows_within_five_seco
         assert process.is_alive()
         flag.touch()
         begun = time.monotonic()
-        page.wait_for_selector("#warning-list li:has-text('c')", timeout=5_000)
+        page.wait_for_selector("#lost-list li:has-text('c')", timeout=5_000)
         page.wait_for_selector(".grid td.lost[title*='c, round']", timeout=5_000)
         assert time.monotonic() - begun < 5
-        expect(page.locator("#warning-list li").first).to_contain_text("the site’s program failed, training, round")
+        expect(page.locator("#lost-list li").first).to_contain_text("the site’s program failed, training, round")
         expect(page.locator(".grid td.lost").first).to_have_attribute(
             "title", re.compile("not used, the site’s program failed")
         )
