@@ -157,14 +157,14 @@ def _head(record: Record) -> Markup:
 
 
 def _traffic(record: Record) -> str:
-    """What the rounds moved over the wire, where the events say; of a round that was repeated, its last time."""
+    """What the rounds moved between server and sites, where the events say; of a repeated round, its last time."""
     moved = [pair for event in record.rounds.values() for pair in event.get("bytes", {}).values()]
     if not moved:
         return ""
     down, up = (sum(column) / 1e6 for column in zip(*moved, strict=True))
     codec = record.job.federation.codec
     how = "" if codec == "none" else f", as changes coded by {codec}"
-    return f" Over the wire went {down:,.1f} MB to the sites and {up:,.1f} MB back{how}."
+    return f" To the sites went {down:,.1f} MB, and {up:,.1f} MB came back{how}."
 
 
 def _warnings(record: Record) -> Markup:

@@ -90,6 +90,7 @@ def group_name(row: Mapping[str, Any]) -> str:
     return f"{row['dimension']} {row['label']}"
 
 
+OVERLAP = " The intervals of the lowest and the highest site overlap: such a spread may be chance."
 SUPPRESSED = (
     "A site leaves out groups of fewer than five cases, or with fewer than five of a class, and more groups where one "
     "that is left out would follow from the rest. “other” holds those whose group is not known."
@@ -115,7 +116,8 @@ def fairness_lines(record: Record) -> list[str]:
     if len(sites) > 1:
         values = [found[metric] for found in sites.values()]
         lines.append(f"Worst site: {record.worst}, {metric_name(metric)} {value_of(sites[record.worst], metric)}.")
-        lines.append(f"Spread over {count(len(sites), 'site')}: {number(max(values) - min(values), metric)}.")
+        spread = f"Spread over {count(len(sites), 'site')}: {number(max(values) - min(values), metric)}."
+        lines.append(spread + (OVERLAP if _overlap(sites, metric) else ""))
     if found := own.get("subgroups"):
         for dimension in found["asked"]:
             lines.append(_of_dimension(record, found["groups"], dimension))
@@ -125,6 +127,13 @@ def fairness_lines(record: Record) -> list[str]:
                 "they are too small there."
             )
     return lines
+
+
+def _overlap(sites: Mapping[str, Any], metric: str) -> bool:
+    """Whether the intervals of the lowest and of the highest site have a value in common."""
+    ordered = sorted(sites.values(), key=lambda found: float(found[metric]))
+    high, low = ordered[0]["intervals"][metric][1], ordered[-1]["intervals"][metric][0]
+    return has({"end": high}, "end") and has({"end": low}, "end") and bool(low <= high)
 
 
 def _of_dimension(record: Record, groups: Mapping[str, Any], dimension: str) -> str:

@@ -162,7 +162,12 @@ h3 { font-size: 1.05rem; margin: 0 0 .5rem; }
 code { font: .88em ui-monospace, Consolas, monospace; color: var(--muted); overflow-wrap: anywhere; }
 .badge { border: 1px solid var(--warn-line); color: var(--warn-line); border-radius: 1em; padding: 0 .5em;
   font-size: .78rem; }
-.scroll { overflow-x: auto; margin: 0 0 1.25rem; }
+/* Where a table goes on beyond an edge, there is a shade on that edge. */
+.scroll { overflow-x: auto; margin: 0 0 1.25rem; background:
+  linear-gradient(to right, var(--page) 40%, transparent) left / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 40%, transparent) right / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--muted), transparent) left / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--muted), transparent) right / .8rem 100% no-repeat scroll; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1.25rem; }
 .pictures img { max-width: 100%; height: auto; background: #000; }

@@ -70,6 +70,7 @@ def create_app(
     _metrics(app)
     app.add_exception_handler(SQLAlchemyError, _unreadable)
     app.add_exception_handler(UserError, _not_so)
+    app.add_exception_handler(404, _not_found)
     app.add_middleware(Guard, access=access)
     return app
 
@@ -124,6 +125,13 @@ def _plotly(small: bool) -> Response:
 def _script() -> tuple[bytes, bytes]:
     script = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
     return script, gzip.compress(script, 6)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    """The shell for a person, whose script says that there is no such page; JSON for a program."""
+    if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith(("/api/", "/static/")):
+        return Response((STATIC / "index.html").read_bytes(), 404, media_type=KINDS["html"])
+    return JSONResponse({"detail": getattr(error, "detail", "Not Found")}, 404)
 
 
 async def _unreadable(_: Request, error: Exception) -> JSONResponse:

@@ -11,6 +11,7 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import client.local_round
 from server.figures import all_figures
 from server.record import DECLINED, REASONS, number, read_record, reason_words
 from server.report import write_report
+from server.report_fair import fairness_lines
 from server.report_style import plain
 from server.results import run_scores
 from server.store import Store, read_events, write_json
@@ -220,6 +222,28 @@ def test_tables_and_head_say_what_result_json_says(with_baselines: tuple[Folder,
     assert f"(only {best}) {shown(result['local'][best], 'auroc')}" in page.text
     assert run.job.sha256 in page.text
     assert "None: every site answered every time" in page.text
+
+
+def test_a_spread_within_the_intervals_is_said_to_be_no_difference() -> None:
+    def line(*sites: tuple[float, float, float]) -> str:
+        rows = {str(k): {"auroc": v, "intervals": {"auroc": [low, high]}} for k, (v, low, high) in enumerate(sites)}
+        record: Any = SimpleNamespace(scores={"federated": {"sites": rows}}, metric="auroc", worst="0")
+        return fairness_lines(record)[1]
+
+    told = "overlap: such a spread may be chance"
+    assert told in line((0.6, 0.5, 0.8), (0.9, 0.7, 0.95))
+    assert told not in line((0.6, 0.5, 0.7), (0.9, 0.8, 0.95))
+    nothing: Any = None
+    assert told not in line((0.6, nothing, nothing), (0.9, 0.7, 0.95))
+
+
+def test_bytes_are_told_in_words_that_hold_of_a_simulation(tmp_path: Path, job: Job) -> None:
+    run = Folder(tmp_path, job, ["north"]).whole()
+    run.store.add("round", round=3, trained=[], dropped=[], seconds=1.0, bytes={"north": [2_000_000, 1_000_000]})
+    run.result()
+    page = Page(write_report(tmp_path))
+    assert "To the sites went 2.0 MB, and 1.0 MB came back." in page.text
+    assert "wire" not in page.text.lower()
 
 
 def test_forest_plot_holds_every_model_and_site(with_baselines: tuple[Folder, dict[str, Any]]) -> None:

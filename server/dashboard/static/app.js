@@ -11,6 +11,7 @@ for (const link of document.querySelectorAll('nav a')) {
 }
 
 try {
+  if (!run && !['/', '/federation'].includes(location.pathname)) throw new Error('There is no such page: look under Runs and Federation above.');
   const page = await (model ? import('./model.js') : run ? import('./run.js')
     : location.pathname === '/federation' ? import('./federation.js') : import('./runs.js'));
   await page.show(main, run);

@@ -55,7 +55,7 @@ export function withInterval(figure, words) {
 /** The value large, its interval below it. */
 export function headline(figure, words) {
   const [value, ...interval] = withInterval(figure, words).split(' ');
-  return interval.length ? h('span', {}, value, h('small', {}, ' ' + interval.join(' '))) : value;
+  return interval.length ? h('span', {}, value, ' ', h('small', {}, interval.join(' '))) : value;
 }
 
 export const count = value => isNumber(value) ? value.toLocaleString('en') : NONE;
@@ -80,7 +80,7 @@ export function seconds(value) {
 export function time(value) {
   if (!isNumber(value)) return NONE;
   const date = new Date(value * 1000), two = n => String(n).padStart(2, '0');
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${two(date.getHours())}:${two(date.getMinutes())}`;
+  return `${date.getUTCFullYear()}-${two(date.getUTCMonth() + 1)}-${two(date.getUTCDate())} ${two(date.getUTCHours())}:${two(date.getUTCMinutes())} UTC`;
 }
 
 /** 1, 4–7 for 1, 4, 5, 6, 7. */

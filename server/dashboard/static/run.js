@@ -137,9 +137,11 @@ function showSites(local, by, groups) {
   const parts = [];
   if (fair) {
     const on = `${fair.split === 'test' ? 'test' : 'validation'} images, round ${fair.round}`;
+    const [low, high] = [fair.worst, fair.best].sort((a, b) => a.value - b.value);
     parts.push(facts([
       ['Worst site', [`${fair.worst.site} `, headline(fair.worst, words)]], ['Best site', [`${fair.best.site} `, headline(fair.best, words)]],
       ['Spread over sites', number(fair.spread, words), true], ['Measured on', on]]));
+    if (low.high !== null && high.low !== null && high.low <= low.high) parts.push(h('p', {class: 'note'}, 'The intervals of the lowest and the highest site overlap: such a spread may be chance.'));
   }
   parts.push(...groups);
   const points = Object.values(local.sites).flat().filter(point => point[1] !== null);

@@ -83,6 +83,15 @@ def test_of_whom_the_figures_are_is_told(
     assert views.whose(db, row) == {"val": f"1 of 3 sites (hill, {images} images)", "test": "all sites"}
 
 
+def test_a_path_that_is_none_is_json_for_programs(signed_in: TestClient) -> None:
+    answer = signed_in.get("/nothing")
+    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+    page = {"Accept": "text/html,*/*"}
+    shown = signed_in.get("/nothing", headers=page)
+    assert (shown.status_code, shown.headers["content-type"].partition(";")[0]) == (404, "text/html")
+    assert "is not in the store" in signed_in.get("/api/runs/999", headers=page).json()["detail"]
+
+
 def test_one_thing_is_counted_under_one_name(tmp_path: Path) -> None:
     """Table, page and cards agree on training replies not used, evaluations without figures, and warnings."""
     store = Store(tmp_path / "run")

@@ -293,6 +293,35 @@ def simulate(data: Path, out: Path, flag: Path, settings: dict[str, Any]) -> Non
         Run(LocalGrid(pool, nodes, job.flat()), job, out).run()
 
 
+def test_on_a_phone_figures_have_their_space_and_a_wide_table_a_shade(browser: Browser, served: Served) -> None:
+    opened = Open(browser, served, viewport={"width": 390, "height": 800})
+    page, ids = opened.page, runs_of(opened)
+    cell = page.locator(".runs td[data-label^=Test]").first
+    expect(cell).to_have_text(re.compile(r"^\S+ \[\S+, \S+\]$"))
+    assert (
+        page.evaluate("cell => cell.querySelector('small').previousSibling.textContent", cell.element_handle()) == " "
+    )
+    expect(page.locator(".runs td[data-label=Started]").first).to_have_text(
+        re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d UTC$")
+    )
+    opened.go(f"/?compare={','.join(ids.values())}")
+    table = page.locator("section[aria-labelledby=compared] .scroll")
+    expect(table).to_be_visible()
+    assert page.evaluate("at => at.scrollWidth > at.clientWidth", table.element_handle())
+    shade = page.evaluate("at => getComputedStyle(at).backgroundAttachment", table.element_handle())
+    assert shade == "local, local, scroll, scroll"
+    opened.faultless()
+    opened.context.close()
+
+
+def test_a_page_that_is_none_says_so(opened: Open) -> None:
+    answer = opened.page.goto(opened.address + "/nothing")
+    assert answer is not None
+    assert answer.status == 404
+    expect(opened.page.locator("main [role=alert]")).to_contain_text("There is no such page")
+    expect(opened.page.locator("nav a")).to_have_text(["Runs", "Federation"])
+
+
 def test_a_server_that_is_away_is_told_on_every_page(browser: Browser, store: Path, tmp_path: Path) -> None:
     (tmp_path / "federation.toml").write_text('name = "f"\n[server]\nhost = "127.0.0.1"\n[sites.a]\n')
     provision(tmp_path / "federation.toml", tmp_path / "f", ())
