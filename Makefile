@@ -4,17 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench bench-gpu mutants docs audit clean
+.PHONY: install demo test lint bench bench-gpu mutants docs audit clean
 
 # The environment, rebuilt when the project's dependencies change. The CUDA build of torch is large: minutes, once.
 $(VENV)/demo: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/test: $(VENV)/demo
+	@echo "installing what tests need into $(VENV): some minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+# The command alone: .venv/bin/consilium.
+install: $(VENV)/demo
 
 # Three invented hospitals train a model together; ends with a table and the path of a report.
 demo: $(VENV)/demo

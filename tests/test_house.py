@@ -105,6 +105,15 @@ def test_what_the_pages_commands_write_is_not_committed_by_mistake(root: Path, t
     assert done.stdout.split() == written
 
 
+def test_every_target_of_make_that_a_page_names_exists(root: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    for page in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")):
+        found = re.findall(r"(?:^\$ |`)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+        assert set(found) <= targets, page
+    for page in ("quickstart-federation", "tutorials/hospital"):  # whoever comes here first installs, and no more
+        assert re.search(r"^make install$", (root / "docs" / f"{page}.md").read_text(), re.MULTILINE), page
+
+
 def commands(page: Path) -> list[str]:
     """The lines of a page's ```console blocks that start with `$ `."""
     blocks = re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
