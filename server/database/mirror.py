@@ -22,9 +22,10 @@ def store_beside(folder: Path) -> Path:
 
 
 def runs_folder(folder: Path) -> Path:
-    """Where run folders lie: in a federation's folder in ``runs``, else where one says."""
-    inner = folder / "runs"
-    return inner if (folder / "federation.toml").is_file() else folder
+    """Where run folders lie: in a federation's folder in ``runs``, else where one says. A folder that merely has a
+    federation.toml in it, from which a federation's is made elsewhere, is none."""
+    made = (folder / "federation.toml").is_file() and (folder / "ca").is_dir()
+    return folder / "runs" if made else folder
 
 
 def open_store(folder: Path, store: str = "") -> Engine:

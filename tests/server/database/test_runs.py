@@ -15,7 +15,7 @@ from sqlalchemy import Engine, inspect, text
 from server.database import read
 from server.database.engine import STORE, open_database, without_password
 from server.database.migrate import migrate
-from server.database.mirror import bring_in, open_store
+from server.database.mirror import bring_in, open_store, runs_folder
 from server.database.schema import VERSION
 from server.database.write import follow
 from server.record import read_record, value_of
@@ -274,3 +274,13 @@ def test_the_commands(simulated: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.sqlite"
     assert consilium("runs", "import", str(simulated), "--store", str(other)).count("brought up to date") == 5
     assert consilium("runs", "import", str(simulated), "--store", str(other)) == "nothing new\n"
+
+
+def test_a_federations_file_among_run_folders_does_not_make_them_a_federation(tmp_path: Path) -> None:
+    """As docs/quickstart-federation.md leaves it: try/federation.toml beside the runs of the other tutorial in try."""
+    (tmp_path / "federation.toml").write_text('name = "council"\n')
+    assert runs_folder(tmp_path) == tmp_path
+    federation = tmp_path / "federation"
+    (federation / "ca").mkdir(parents=True)
+    (federation / "federation.toml").write_text('name = "council"\n')
+    assert runs_folder(federation) == federation / "runs"
