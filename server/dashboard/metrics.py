@@ -14,6 +14,7 @@ from server.dashboard import views
 from server.dashboard.federation import FederationView
 from server.database import read
 from server.timing import PARTS, total_time
+from shared.errors import how_to_install
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -46,7 +47,7 @@ def page(db: Engine, view: FederationView | None) -> bytes:
     try:
         from prometheus_client import CollectorRegistry, generate_latest
     except ImportError:
-        raise Missing("Prometheus' client is not installed: pip install 'consilium[prometheus]'") from None
+        raise Missing(f"Prometheus' client is not installed; {how_to_install('prometheus')}") from None
     registry = CollectorRegistry()
     registry.register(_Collector(db, view))
     return generate_latest(registry)
