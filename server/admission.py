@@ -22,7 +22,7 @@ from shared.fixedpoint import MOST_LOSS
 from shared.sitefile import SITE_NAME
 from shared.subgroups import group_sums, groups_of, sums_of_groups
 from shared.tasks import Sums
-from shared.weights import control_scale
+from shared.weights import control_scale, finite
 
 # What a site may tell in a sum: with any number of sites it stays within 64 bits, and a float finite when squared.
 _MOST_COUNTED, _MOST_SUMMED = 2**48, 1e100
@@ -248,7 +248,7 @@ def _changed(record: Mapping[str, object], reference: Mapping[str, Tensor], how:
         arrays = decode(reference, change, how)
     except ValueError:
         raise Dropped("undecodable") from None
-    if not all(torch.isfinite(array).all() for array in arrays.values() if array.is_floating_point()):
+    if not finite(arrays):
         raise Dropped("not-finite")
     return _sound(arrays)
 

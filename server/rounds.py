@@ -38,7 +38,7 @@ from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING, Estimate
 from shared.tasks import TASKS, Sums, load_task
 from shared.training import pick_device
-from shared.weights import REFERENCE, exchanged, exchanged_names, frozen_digest, keeps_own, put, trained_names
+from shared.weights import REFERENCE, exchanged, exchanged_names, finite, frozen_digest, keeps_own, put, trained_names
 
 Arrays = dict[str, Tensor]
 Records = Mapping[str, Mapping[str, Tensor]]
@@ -139,7 +139,7 @@ class Run:
         for number in range(done + 1, job.federation.rounds + 1):
             self._admit_newcomers(number)
             arrays = self.train_round(arrays, number, weights)
-            if not all(torch.isfinite(array).all() for array in arrays.values()):
+            if not finite(arrays):
                 raise RunFailed(f"in round {number} the model is no longer finite; set federation.max_update_norm")
             if number % job.evaluation.every == 0 or number == job.federation.rounds:
                 if job.privacy.secure_aggregation:  # its sites do no round twice, so none may be lost in what follows

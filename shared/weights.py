@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -123,6 +124,12 @@ def put(model: nn.Module, arrays: Mapping[str, Tensor], job: Job) -> None:
         if state[name].shape != arrays[name].shape:
             raise ValueError(f"{name} has another shape than in this model")
         state[name].copy_(arrays[name])
+
+
+def finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether no number of the tensors, which lie in main memory, is infinite or NaN."""
+    # NumPy's is ten times as fast as torch's
+    return all(np.isfinite(value.detach().numpy()).all() for value in tensors.values() if value.is_floating_point())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -60,8 +60,7 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
-@pytest.fixture
-def tiny_job() -> Job:
+def make_tiny_job() -> Job:
     """Two classes told apart by which half is bright; learnt in seconds."""
     return job_from_flat(
         {
@@ -75,6 +74,12 @@ def tiny_job() -> Job:
             "evaluation.every": 1,
         }
     )
+
+
+@pytest.fixture
+def tiny_job() -> Job:
+    """The job of ``make_tiny_job``."""
+    return make_tiny_job()
 
 
 def write_site(folder: Path, name: str, images: int = 24, seed: int = 0) -> Path:

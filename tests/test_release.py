@@ -103,6 +103,6 @@ def test_a_ready_job_goes_by_its_name_unless_there_is_such_a_file(
     code, _, error = called(capsys, "job", "nuclej")
     assert code == 2
     assert error.startswith("consilium: nuclej: no such file, nor a job that comes with Consilium: anomaly, ")
-    assert called(capsys, "job", "folder/chest")[2] == "consilium: folder/chest: no such file\n"
+    assert called(capsys, "job", "folder/chest")[2] == "consilium: folder/chest: no such file; did you mean chest?\n"
     listed = called(capsys, "job", "--ready")[1].splitlines()
     assert [line for line in listed if not line.startswith(" ")] == list(ready_jobs())

@@ -59,8 +59,8 @@ def test_a_server_as_it_should_be_is_asked_once_and_found_well(authority: Author
     assert "chest-council" in found["server"].words
     assert words(authority.certificate.fingerprint(hashes.SHA256())) in found["authority"].words
     assert "364 more days" in found["server's certificate"].words
-    digest = re.findall(r"([0-9A-F]{2}(?::[0-9A-F]{2}){31})", found["authority"].words)
-    assert bytes.fromhex(digest[0].replace(":", "")) == authority.certificate.fingerprint(hashes.SHA256())
+    (digest,) = re.findall(r"SHA-256 ([0-9A-F: ]+)", found["authority"].words)
+    assert bytes.fromhex(digest.replace(":", "")) == authority.certificate.fingerprint(hashes.SHA256())
 
 
 def test_a_certificate_of_another_authority_is_named_with_its_signer(authority: Authority, tmp_path: Path) -> None:

@@ -139,23 +139,25 @@ def test_no_permission_to_write_is_one_line_and_exit_code_2(job_file: Path, thre
     assert "/proc/consilium/o" in done.stderr
 
 
-def test_a_lost_quorum_is_one_line_and_exit_code_1(job_file: Path, three_sites: Path, tmp_path: Path) -> None:
+def test_a_lost_quorum_is_one_line_and_exit_code_1(
+    job_file: Path, three_sites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for image in (three_sites / "b" / "images").iterdir():
         image.write_bytes(b"not a picture")
     args = ["simulate", job_file, "--data", three_sites, "--out", tmp_path / "o"]
-    done = consilium(*args, "--set", "federation.min_sites=3")
-    assert done.returncode == 1
-    assert "the run failed" in done.stderr
-    assert "b: site-declined: too-many-unreadable" in done.stderr
+    code, _, errors = called(capsys, *args, "--set", "federation.min_sites=3")
+    assert code == 1
+    assert "the run failed" in errors
+    assert "b: site-declined: too-many-unreadable" in errors
     assert "images/0.png" in (tmp_path / "o" / "sites" / "b" / "site.log").read_text()
     assert "min_sites" in (tmp_path / "o" / "report.html").read_text()
-    good = consilium(*args, "--set", "federation.min_sites=2")
-    assert good.returncode == 0
-    assert "b not used: site-declined: too-many-unreadable" in good.stdout
-    ending = "\n".join(good.stdout.splitlines()[-4:])
+    code, said, _ = called(capsys, *args, "--set", "federation.min_sites=2")
+    assert code == 0
+    assert "b not used: site-declined: too-many-unreadable" in said
+    ending = "\n".join(said.splitlines()[-5:])
     assert "not used: b, 1 time: site-declined: too-many-unreadable" in ending
     (earlier,) = tmp_path.glob("o.before-*")
-    assert f"begins anew; the earlier run is kept in {earlier}" in good.stdout
+    assert f"begins anew; the earlier run is kept in {earlier}" in said
     assert read_events(earlier)[-1]["event"] == "failed"
 
 

@@ -24,15 +24,17 @@ from consilium.signing import keygen
 from shared.config import Job
 from shared.errors import UserError
 from simulations.simulate import run
+from tests.conftest import make_tiny_job, write_site
 
 
-@pytest.fixture
-def finished(tiny_job: Job, three_sites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two sites."""
-    shutil.rmtree(three_sites / "c")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two sites, whose images are gone; no test changes it."""
     folder = tmp_path_factory.mktemp("finished")
-    run(tiny_job, three_sites, folder / "run", workers=1)
-    shutil.rmtree(three_sites)
+    for name, images in {"a": 24, "b": 32}.items():
+        write_site(folder / "data" / name, name, images)
+    run(make_tiny_job(), folder / "data", folder / "run", workers=1)
+    shutil.rmtree(folder / "data")
     return folder / "run"
 
 

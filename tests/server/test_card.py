@@ -20,13 +20,23 @@ from server.record import value_of
 from server.store import read_events, write_json
 from shared.config import Job
 from simulations.simulate import run
+from tests.conftest import make_tiny_job, write_site
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three sites beside its store."""
+    folder = tmp_path_factory.mktemp("first")
+    for name, images in {"a": 24, "b": 32, "c": 40}.items():
+        write_site(folder / "data" / name, name, images)
+    run(make_tiny_job(), folder / "data", folder / "run", workers=1)
+    return folder / "run"
 
 
 @pytest.fixture
-def finished(tiny_job: Job, three_sites: Path, tmp_path: Path) -> Path:
+def finished(first: Path, tmp_path: Path) -> Path:
     """A run that was handed on: its folder, away from the store, so that the tests can change its journal."""
-    run(tiny_job, three_sites, tmp_path / "first" / "run", workers=1)
-    shutil.copytree(tmp_path / "first" / "run", tmp_path / "run")
+    shutil.copytree(first, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -50,9 +60,9 @@ def edit(folder: Path, kind: str, change: Any) -> None:
             file.write(json.dumps(event) + "\n")
 
 
-def test_a_run_ends_with_a_card_beside_its_report(finished: Path, tmp_path: Path) -> None:
+def test_a_run_ends_with_a_card_beside_its_report(finished: Path, first: Path) -> None:
     card = (finished / "model_card.md").read_text()
-    assert card == model_card(finished) == model_card(tmp_path / "first" / "run"), "journal and store say the same"
+    assert card == model_card(finished) == model_card(first), "journal and store say the same"
     assert (finished / "report.html").is_file()
     headings = re.findall(r"^## (.*)$", card, re.MULTILINE)
     assert headings == ["Model details", "Intended use", "Training data", "Training procedure", "Evaluation", "Privacy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from shared.config import Job
 from shared.tasks.classification import build_model
-from shared.weights import digest, exchanged, frozen_digest, put
+from shared.weights import digest, exchanged, finite, frozen_digest, put
 
 
 def slow_digest(tensors: dict[str, Tensor]) -> str:
@@ -110,3 +111,14 @@ def test_nothing_stays_behind_if_everything_travels(tiny_job: Job) -> None:
     model: nn.Module = build_model(tiny_job)
     assert frozen_digest(model, tiny_job) == ""
     assert list(exchanged(model, tiny_job)) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(bad: float, place: int) -> None:
+    arrays = {"a": torch.ones(2, 3), "counter": torch.tensor(7), "b": torch.zeros(5, dtype=torch.float64)}
+    assert finite(arrays)
+    for name in ("a", "b"):
+        wrong = arrays[name].clone()
+        wrong.view(-1)[place] = bad
+        assert not finite(arrays | {name: wrong})

@@ -136,6 +136,7 @@ def test_every_ended_cell_is_told_with_what_it_reached_and_sentences_fit_the_ter
     assert max(len(line) for line in sentences if "/" not in line) <= 80
 
 
+@pytest.mark.slow
 def test_a_quick_study_says_first_that_it_was_quick_and_concludes_nothing(tmp_path: Path) -> None:
     file = write_study(tmp_path, STUDY.replace("broken", "slow").replace('"federation.max_update_norm" = 1e-9', ""))
     words = [sys.executable, "-m", "consilium", "study", str(file), "--quick"]

@@ -172,6 +172,7 @@ def test_torchscript_takes_the_network(name: str) -> None:
 # --- what a trained one finds -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_from_scratch_and_its_boxes_are_kept_within_the_image(trained: tuple[nn.Module, Job]) -> None:
     model, job = trained
     data = EXAMPLES.make(job, 24, seed=1)
@@ -186,6 +187,7 @@ def test_it_learns_from_scratch_and_its_boxes_are_kept_within_the_image(trained:
         assert item.boxes.max(initial=0) <= job.data.size
 
 
+@pytest.mark.slow
 def test_predictions_lie_in_the_images_own_pixels(trained: tuple[nn.Module, Job], tmp_path: Path) -> None:
     """A large image of another aspect: what is found there is what is found in it fitted, moved back."""
     model, job = trained
@@ -207,6 +209,7 @@ def test_predictions_lie_in_the_images_own_pixels(trained: tuple[nn.Module, Job]
         assert np.abs(found.boxes - box).max(1).min() < 40
 
 
+@pytest.mark.slow
 def test_the_coco_file_is_read_by_pycocotools_and_by_our_own_reader(
     trained: tuple[nn.Module, Job], tmp_path: Path
 ) -> None:
@@ -263,6 +266,7 @@ def test_boxes_are_drawn_where_they_are_and_unsure_ones_are_not() -> None:
     assert image[110, 110].tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_picture_of_what_was_found_comes_with_words(trained: tuple[nn.Module, Job]) -> None:
     model, job = trained
     data = EXAMPLES.make(job, 2, seed=1)
