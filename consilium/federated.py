@@ -190,9 +190,9 @@ class Runs:
 
             print_result(Result(folder))
             return 0
-        self._note_end(name, WHY.get(status.details, status.details) or status.outcome)
-        events = [event for event in read_events(folder) if event["event"] == "failed"]
-        why = events[-1]["reason"] if events else WHY.get(status.details, status.details) or status.outcome
+        why = WHY.get(status.details, status.details) or status.outcome
+        self._note_end(name, why)
+        why = next((event["reason"] for event in read_events(folder)[::-1] if event["event"] == "failed"), why)
         again = f"consilium run --federation {self.folder.path} --resume {name}"
         print(f"the run {status.outcome}: {why}\nto go on after its last whole round: {again}")
         return 1

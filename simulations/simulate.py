@@ -31,7 +31,7 @@ from simulations.engine import RUN_ID, LocalGrid, grid_of
 from simulations.pool import WorkerPool
 from simulations.ready import ready_job
 from simulations.result import Result
-from simulations.sites import find_sites, node_of
+from simulations.sites import find_sites, node_of, require_folder
 
 if TYPE_CHECKING:  # Ray takes a second to import, and few need it
     from simulations.ray_pool import RayPool
@@ -103,11 +103,9 @@ def run(
     load_task(job.task).check(job)
     if store:
         open_database(store).dispose()  # a store that was asked for by name must be there before anything is trained
-    if not Path(data).is_dir():  # before anything is written or moved aside
-        raise UserError(f"--data {data}: no such folder")
+    require_folder(Path(data))  # before anything is written or moved aside
     folder = run_folder(job, out)
-    if (aside := _fresh_folder(folder)) and observe:
-        observe(FEDERATED, {"event": "warning", "text": f"begins anew; the earlier run is kept in {aside}"})
+    _fresh_folder(folder, observe)
     files = find_sites(Path(data), job, folder, cache)
     torch.set_num_threads(1)  # the parent aggregates while the workers train
     if heldout:
@@ -212,14 +210,15 @@ def run_folder(job: Job, out: str | Path | None) -> Path:
     return Path(out) if out else Path("runs") / (re.sub(r"[^\w.-]+", "-", job.name).strip(".-") or "job")
 
 
-def _fresh_folder(folder: Path) -> Path | None:
-    """Make the run folder an empty one; a run that is already there is moved aside, to what is given, else refused."""
+def _fresh_folder(folder: Path, observe: Observer | None) -> None:
+    """Make the run folder an empty one; a run that is already there is moved aside and said to be, else refused."""
     aside = fresh_folder(folder, "rounds.jsonl", "a run")
+    if aside and observe:
+        observe(FEDERATED, {"event": "warning", "text": f"begins anew; the earlier run is kept in {aside}"})
     try:
         (folder / "rounds.jsonl").touch()
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there: {error.strerror}") from None
-    return aside
 
 
 def _federated(grid: LocalGrid) -> Callable[[], object]:

@@ -32,8 +32,7 @@ def find_sites(data: Path, job: Job, out: Path, cache: Path | None = None) -> li
     Raises:
         UserError: no site there, a site that cannot be read, two sites of one name.
     """
-    if not data.is_dir():
-        raise UserError(f"--data {data}: no such folder")
+    require_folder(data)
     files = _own_files(data) or [
         _describe(folder, number, job, out, cache) for number, folder in enumerate(_site_folders(data, job), start=1)
     ]
@@ -47,6 +46,12 @@ def find_sites(data: Path, job: Job, out: Path, cache: Path | None = None) -> li
             raise UserError(f"two sites are named {name!r} ({where}); give each site.toml a name of its own")
     samples = [_samples(site, job) for site in sites]
     return files if job.data.partition == "site" else _deal_out(data, sites, samples, job, out, cache)
+
+
+def require_folder(data: Path) -> None:
+    """Raise UserError where the folder of images is not there."""
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such folder")
 
 
 def _samples(site: SiteData, job: Job) -> list[Sample]:
