@@ -110,10 +110,10 @@ def run(
     torch.set_num_threads(1)  # the parent aggregates while the workers train
     if heldout:
         load_heldout(Path(heldout), job)  # a fault of these images shows now, not after the training
-    extra: dict[str, Scalar] = {"run.store": store, **({"run.heldout": str(Path(heldout).resolve())} if heldout else {})}
+    own: dict[str, Scalar] = {"run.heldout": str(Path(heldout).resolve())} if heldout else {}
     with _pool(job, workers, devices, per_device, engine, address) as pool:
         wanted = _Wanted(federated, baselines, cross_site, store, observe)
-        failures, others = _play(pool, job, folder, files, extra, wanted)
+        failures, others = _play(pool, job, folder, files, own | {"run.store": store}, wanted)
     result = {"version": __version__, "job": job.flat(), "job_sha256": job.sha256, "seed": job.seed}
     result |= ({FEDERATED: run_scores(folder)} if federated else {}) | _collect(others)
     if cross_site and federated:
