@@ -182,6 +182,8 @@ def _pool(
     if engine != "local" or address:
         raise UserError(f"--engine {engine}: write local or ray; --address belongs to ray")
     chosen = places(devices, per_device, workers)
+    if job.privacy.dp != "none":
+        import opacus  # noqa: F401 - the accountant takes two seconds to import: once here, not in every worker
     return WorkerPool("client.app:app", len(chosen) or workers or cores(), devices=chosen)
 
 
