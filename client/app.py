@@ -23,12 +23,21 @@ from client.egress_base import Asked, Refused
 from client.egress_log import ASKED
 from client.local_round import train_round
 from client.memory import Memory
-from client.personal import make_personal, put_home, take_home, train_beside
+from client.personal import own_model, put_home, take_home, train_beside
 from client.private_round import train_on_budget
 from client.subgroups import told_groups
 from client.survey import statistics
 from client.wire import opened, packed
-from client.workspace import Workspace, find_sites, look_again, open_model, open_workspace, run_name, write_log
+from client.workspace import (
+    Workspace,
+    find_sites,
+    look_again,
+    measured,
+    open_model,
+    open_workspace,
+    run_name,
+    write_log,
+)
 from shared.config import Job, job_from_flat
 from shared.corrections import Correction
 from shared.errors import SiteRefusal, UserError
@@ -39,7 +48,7 @@ from shared.packing import pack, unpack
 from shared.subgroups import group_sums
 from shared.tasks import load_task
 from shared.training import Trained, pick_device
-from shared.weights import REFERENCE, exchanged, frozen_digest, keeps_own, put
+from shared.weights import exchanged, frozen_digest, keeps_own, put
 
 Answer = Callable[[Message, Context, Job, Workspace], RecordDict]
 
@@ -250,15 +259,7 @@ def _tested(message: Message, context: Context, job: Job, workspace: Workspace) 
     model = open_model(job)
     put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
     put_home(model, job, Memory(workspace.home, run_name(context), job), _round(message) + 1)
-    return _measured(model, message, job), workspace.data.subset(split)
-
-
-def _measured(model: nn.Module, message: Message, job: Job) -> nn.Module:
-    """The model on its device, with the network that it is measured by, if any."""
-    if REFERENCE in message.content.array_records:
-        reference = message.content.array_records[REFERENCE].to_torch_state_dict()
-        model.get_submodule(REFERENCE).load_state_dict(reference)
-    return model.to(pick_device(job))
+    return measured(model, message, job), workspace.data.subset(split)
 
 
 def _sums(model: nn.Module, data: Dataset, job: Job) -> RecordDict:
@@ -270,18 +271,17 @@ def _sums(model: nn.Module, data: Dataset, job: Job) -> RecordDict:
 
 @app.evaluate("personal")
 def evaluate_personal(message: Message, context: Context) -> Message:
-    """The sums of the site's own model on its test images, after it was made and saved here."""
+    """The sums of the site's own model on one split of its images, after it was made and saved here."""
     return _answer(message, context, _personal)
 
 
 def _personal(message: Message, context: Context, job: Job, workspace: Workspace) -> RecordDict:
     if not keeps_own(job):
         raise SiteRefusal("wrong-stage", "asked for a model of its own, which the job does not make")
-    model = open_model(job)
-    put(model, message.content.array_records["arrays"].to_torch_state_dict(), job)
-    make_personal(model, job, workspace, message, context)
-    require_cells(workspace.told, "test")
-    return _sums(_measured(model, message, job), workspace.data.subset("test"), job)
+    model, split = open_model(job), str(message.content["config"]["split"])
+    own_model(model, job, workspace, message, context)
+    require_cells(workspace.told, split)
+    return _sums(measured(model, message, job), workspace.data.subset(split), job)
 
 
 @app.evaluate("subgroups")

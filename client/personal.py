@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from client.corrections import pulled_to
 from client.local_round import train_round
 from client.memory import Memory, write_arrays
-from client.workspace import Workspace, own_start, run_name, write_log
+from client.workspace import Workspace, measured, own_start, run_name, write_log
 from shared import __version__
 from shared.config import Job
 from shared.sitefile import OWN_FOLDER
-from shared.tasks import load_task
-from shared.training import train
-from shared.weights import REFERENCE, exchanged, home_names, put
+from shared.tasks import TASKS, load_task
+from shared.training import pick_device, train
+from shared.weights import REFERENCE, digest, exchanged, home_names, put
 
 Arrays = dict[str, Tensor]
 
@@ -66,36 +69,88 @@ def train_beside(
     return kept | ({"personal-moments": trained.moments} if job.train.keep_optimizer else {})
 
 
-def make_personal(model: nn.Module, job: Job, workspace: Workspace, message: Message, context: Context) -> Path:
-    """Turn ``model``, which holds the common weights of the round that was kept, into the site's own; save it.
-
-    Its own parts are those of that round; so is its personal model, if it has one; else it is fine-tuned, if the job
-    asks for it: ``federation.finetune_steps`` at a constant rate, with a fresh optimiser.
-    """
-    config, asked = message.content["config"], job.federation
-    round_ = int(config["round"])  # type: ignore[arg-type]
-    memory = Memory(workspace.home, run_name(context), job)
-    put_home(model, job, memory, round_ + 1)
-    if asked.local == "ditto" and (held := memory.load("personal", round_ + 1)):
-        put(model, held, job)
-    if asked.finetune_steps:
-        rate = job.train.learning_rate * asked.finetune_rate
-        train(
-            model,
-            load_task(job.task),
-            workspace.data.subset("train"),
-            job.replace(train__schedule="constant", train__warmup=0.0, train__learning_rate=rate),
-            site=workspace.name,
-            first_step=asked.rounds * job.local_steps(workspace.told["train"].images),
-            steps=asked.finetune_steps,
-            class_weights=list(config["class-weights"]),  # type: ignore[arg-type]
-        )
+def own_model(model: nn.Module, job: Job, workspace: Workspace, message: Message, context: Context) -> None:
+    """Turn ``model`` into the site's own of the common one that was sent: as it was saved before, or made and saved."""
+    common = message.content.array_records["arrays"].to_torch_state_dict()
+    put(model, common, job)
+    facts = {
+        "job": job.sha256,
+        "round": str(message.content["config"]["round"]),
+        "version": __version__,
+        "model": job.model.name,
+        "site": workspace.name,
+        "of": digest(common),
+    }
     path = personal_file(workspace.home, run_name(context))
-    facts = {"job": job.sha256, "round": str(round_), "version": __version__, "model": job.model.name}
+    if _read(model, path, facts):
+        return
+    _make(model, job, workspace, message, context)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{REFERENCE}.")}
-    write_arrays(path, {name: _at_home(value) for name, value in state.items()}, facts | {"site": workspace.name})
-    write_log(workspace.home, f"this site's own model of round {round_} lies in {path}; it does not leave")
-    return path
+    write_arrays(path, {name: _at_home(value) for name, value in state.items()}, facts)
+    write_log(workspace.home, f"this site's own model of round {facts['round']} lies in {path}; it does not leave")
+
+
+def _read(model: nn.Module, path: Path, facts: dict[str, str]) -> bool:
+    """Whether the site's own model of just these ``facts`` lies in the file; then it is put into ``model``."""
+    try:
+        with safe_open(path, "pt") as file:
+            if json.loads((file.metadata() or {}).get("consilium", "{}")) != facts:
+                return False
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError):  # none, or what a crash left of one
+        return False
+    model.load_state_dict(arrays, strict=False)  # but for the reference, which judges and does not answer
+    return True
+
+
+def _make(model: nn.Module, job: Job, workspace: Workspace, message: Message, context: Context) -> None:
+    """Its own parts are those of the round that was kept; so is its personal model, if it has one; else it is
+    fine-tuned, if the job asks for it."""
+    memory = Memory(workspace.home, run_name(context), job)
+    after = int(message.content["config"]["round"]) + 1  # type: ignore[arg-type]
+    put_home(model, job, memory, after)
+    if job.federation.local == "ditto" and (held := memory.load("personal", after)):
+        put(model, held, job)
+    if job.federation.finetune_steps:
+        _finetune(model, job, workspace, message)
+
+
+def _finetune(model: nn.Module, job: Job, workspace: Workspace, message: Message) -> None:
+    """Go on from the common model on the site's own images, with a fresh optimiser; where that is not shown to be
+    better on the site's own validation images, take back the common one."""
+    asked = job.federation
+    before = {name: _at_home(value) for name, value in model.state_dict().items()}
+    common = _validated(model, job, workspace, message)
+    begin = asked.rounds * job.local_steps(workspace.told["train"].images)
+    rate = job.train.learning_rate * asked.finetune_rate
+    train(
+        model,
+        load_task(job.task),
+        workspace.data.subset("train"),
+        job.replace(train__learning_rate=rate, train__warmup=0.0),
+        site=workspace.name,
+        first_step=begin,
+        steps=asked.finetune_steps,
+        class_weights=list(message.content["config"]["class-weights"]),  # type: ignore[arg-type]
+        total=asked.finetune_steps,
+        begin=begin,
+    )
+    own = _validated(model, job, workspace, message)
+    better = own > common  # without a figure, too, the common model stays: one class alone is soon overlearnt
+    told = f"{job.best_metric} on this site's validation images {abs(own):.3f}, of the common model {abs(common):.3f}"
+    write_log(workspace.home, f"fine-tuned: {told}: {'kept' if better else 'the common model stays'}")
+    if not better:
+        model.load_state_dict(before)
+
+
+def _validated(model: nn.Module, job: Job, workspace: Workspace, message: Message) -> float:
+    """The job's figure of the model on the site's own validation images, more is better; NaN where there is none."""
+    data = workspace.data.subset("val")
+    if not len(data):
+        return math.nan
+    task = load_task(job.task)
+    sums = task.collect(measured(model, message, job), data, job, pick_device(job))
+    return float(TASKS[job.task].metrics[job.best_metric] * task.summarise(sums, job)[job.best_metric].value)
 
 
 def personal_file(home: Path, run: str) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from torch import Tensor, nn
 
 from client.counts import Told, tell
@@ -23,7 +23,8 @@ from shared.imaging.dataset import Dataset, concatenate, load_dataset
 from shared.samples import read_samples
 from shared.sitefile import read_site
 from shared.tasks import load_task
-from shared.weights import home_names
+from shared.training import pick_device
+from shared.weights import REFERENCE, home_names
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ def open_model(job: Job) -> nn.Module:
     """The job's network; every message first puts the weights it was sent into it."""
     model: nn.Module = load_task(job.task).build_model(job)
     return model
+
+
+def measured(model: nn.Module, message: Message, job: Job) -> nn.Module:
+    """The model on its device, with the network that it is measured by, if any."""
+    if REFERENCE in message.content.array_records:
+        reference = message.content.array_records[REFERENCE].to_torch_state_dict()
+        model.get_submodule(REFERENCE).load_state_dict(reference)
+    return model.to(pick_device(job))
 
 
 @lru_cache(maxsize=2)

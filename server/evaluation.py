@@ -61,14 +61,20 @@ def evaluate(run: Run, arrays: Arrays, number: int, split: str) -> dict[str, Est
 
 
 def evaluate_personal(run: Run, arrays: Arrays, number: int) -> None:
-    """Let each site make its own model of the one that was kept, and test it; stored beside the global one's."""
+    """Let each site make its own model of the one that was kept, validate and test it; stored beside the common one's.
+
+    The validation figures are what one method that ends so may be chosen by before another, see ``consilium.study``.
+    """
     weights = [float(weight) for weight in run.class_weights]
-    content = _content(run, arrays, number, "test", **{"class-weights": weights})
     able = [place for place in run.places if place.images["train"]]
-    sums, dropped = _ask(run, "evaluate.personal", content, able, number, "test")
-    total = add_sums([run.template, *sums.values()])
-    metrics = rows(run.task.summarise(total, run.job))
-    facts = {"metrics": metrics, "dropped": dropped, "sums": sums} | _of_sites(run, total, sums)
+    facts: dict[str, Any] = {}
+    for split in ("val", "test"):
+        asked = [place for place in able if place.images[split] or split == "test"]  # all make and save theirs
+        content = _content(run, arrays, number, split, **{"class-weights": weights})
+        sums, dropped = _ask(run, "evaluate.personal", content, asked, number, split)
+        total = add_sums([run.template, *sums.values()])
+        found = {"metrics": rows(run.task.summarise(total, run.job)), "dropped": dropped} | _of_sites(run, total, sums)
+        facts |= {"validation": found} if split == "val" else found | {"sums": sums}
     run.store.add("personal", round=number, **facts)
 
 

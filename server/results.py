@@ -23,7 +23,7 @@ def run_scores(folder: Path) -> Scores:
     """What a run reached on the test images: metrics by name, with intervals, counts and the same per site.
 
     ``{"auroc": .98, …, "images": 812, "intervals": {"auroc": [low, high], …}, "n": {"auroc": 812, …},
-    "sites": {name: the same}, "personal": {the same, of each site's own model},
+    "sites": {name: the same}, "personal": {the same, of each site's own model, and as "validation" on those images},
     "rounds", "best_round", "gradient_steps", "images_seen", "seconds", "dropped"}``
     """
     events = read_events(folder)
@@ -32,8 +32,7 @@ def run_scores(folder: Path) -> Scores:
     scores: Scores = {}
     if test:
         last = test[-1]
-        scores = _scores(last["metrics"], last["images"])
-        scores["sites"] = {name: _scores(found, last["site_images"][name]) for name, found in last["sites"].items()}
+        scores = _everywhere(last)
         scores["best_round"] = last["round"]
         if calibrated := _calibration(last.get("sums", {}), load_job(folder / "job.toml")):
             scores["calibration"] = calibrated
@@ -102,8 +101,9 @@ def scores_of(metrics: Mapping[str, Estimate], images: int) -> Scores:
 
 def _personal(event: Event, scores: Scores, job: Job) -> Scores:
     """Each site's own model on its own test images, beside the common model on the same."""
-    found = _scores(event["metrics"], event["images"])
-    found["sites"] = {name: _scores(rows, event["site_images"][name]) for name, rows in event["sites"].items()}
+    found = _everywhere(event)
+    if "validation" in event:
+        found["validation"] = _everywhere(event["validation"])
     more = job.federation.finetune_steps * len(event["sites"])
     if job.federation.local == "ditto":  # a second model beside the common one, step by step
         more += scores["gradient_steps"]
@@ -119,6 +119,12 @@ def _calibration(sites: Mapping[str, Sums], job: Job) -> dict[str, Any]:
     if not any(sums.get("positives") for sums in sites.values()):
         return {}
     return figures(list(zip(job.classes, *histograms(add_sums(sites.values()), job), strict=True)))
+
+
+def _everywhere(event: Mapping[str, Any]) -> Scores:
+    """The figures of all sites together, and under ``sites`` of each."""
+    sites = {name: _scores(rows, event["site_images"][name]) for name, rows in event["sites"].items()}
+    return _scores(event["metrics"], event["images"]) | {"sites": sites}
 
 
 def _scores(metrics: Mapping[str, Mapping[str, Any]], images: int) -> Scores:

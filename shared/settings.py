@@ -254,7 +254,9 @@ class Federation:
     finetune_steps: int = knob(
         0, "steps in which each site fits the final model to its own images, for itself", low=0, high=1_000_000
     )
-    finetune_rate: float = knob(0.1, "learning rate of these steps, as a share of the peak", low=0.0, high=10.0)
+    finetune_rate: float = knob(
+        0.3, "learning rate that these steps begin with, as a share of the peak", low=0.0, high=10.0
+    )
     max_examples: int = knob(10_000_000, "a site that claims more training images than this is dropped", low=1)
     max_update_norm: float = knob(0.0, "drop a reply whose change has a larger L2 norm; 0 is no limit", low=0.0)
     round_timeout: float = knob(

@@ -173,6 +173,7 @@ def train(
     moments: dict[str, Tensor] | None = None,
     correction: Correction | None = None,
     total: int = 0,
+    begin: int = 0,
 ) -> Trained:
     """Train ``model`` in place for ``steps`` gradient steps, numbers ``first_step`` onwards of the whole run.
 
@@ -180,7 +181,8 @@ def train(
         site: enters the seeds, so that sites draw independently.
         moments: the optimiser's state from an earlier call, or None to start afresh.
         correction: what is added to the loss or the gradients of each step.
-        total: steps of the whole run, over which the learning rate goes; 0 is what the job asks for of this data.
+        total: steps over which the learning rate goes; 0 is what the job asks for of this data.
+        begin: the step with which that begins.
 
     Raises:
         SiteRefusal: there is nothing to train on, or the loss is no longer finite.
@@ -210,7 +212,7 @@ def train(
         for number, shown in zip(numbers, ahead(batches, numbers, device), strict=True):
             images = sum(count for _, count in shown)
             for place, (part, group) in enumerate(zip(parts, optimizer.param_groups, strict=True)):
-                group["lr"] = learning_rate(number, total, job) * part.rate
+                group["lr"] = learning_rate(number - begin, total, job) * part.rate
                 # The other parts' gradients are None, and the optimiser passes over parameters without one.
                 optimizer.zero_grad(set_to_none=True)
                 for batch, count in shown:

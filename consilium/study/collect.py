@@ -25,7 +25,8 @@ class Row:
     ``value`` on all test images together with its interval; ``sites`` on each site's own, of those that have a figure.
     Where each site has a model of its own in the end, ``value`` and ``personal`` are these, ``sites`` the common one.
     ``alone``: the models of single sites, each on its own site's images, have no ``value``. ``validation`` is the
-    figure that picked the round, ``at_sites`` that of the same round within each site, in the mean over their images.
+    figure that picked the round, ``at_sites`` that of the same round within each site, in the mean over their images;
+    where each site has a model of its own, both are of these.
     ``steps`` and ``examples`` are of training, over all sites; ``bytes`` the arrays that training and validation sent
     both ways. ``to_target`` is (rounds, bytes) until the validation figure reached the target.
     """
@@ -189,12 +190,21 @@ def _best(events: list[Event], metric: str, sign: int) -> dict[str, Any]:
     if not values:
         return {}
     best = max(values, key=lambda number: sign * values[number])
-    return {"validation": values[best], "at_sites": _at_sites(events, metric, best)}
+    event = next(e for e in events if e["event"] == "evaluation" and e["split"] == "val" and e["round"] == best)
+    return {"validation": values[best], "at_sites": _at_sites(event, metric)}
 
 
-def _at_sites(events: list[Event], metric: str, number: int) -> float:
+def _best_own(events: list[Event], metric: str) -> dict[str, Any]:
+    """The same of the models that each site ends with, where it makes one and tells how that does."""
+    found = next(
+        (event["validation"] for event in events if event["event"] == "personal" and "validation" in event), None
+    )
+    value = ((found or {}).get("metrics", {}).get(metric) or {}).get("value")
+    return {} if found is None or value is None else {"validation": value, "at_sites": _at_sites(found, metric)}
+
+
+def _at_sites(event: Mapping[str, Any], metric: str) -> float:
     """The mean over the sites that have the figure, each counted by its validation images; of the pooled model none."""
-    event = next(e for e in events if e["event"] == "evaluation" and e["split"] == "val" and e["round"] == number)
     found = {site: (figures.get(metric) or {}).get("value") for site, figures in event["sites"].items()}
     images = {site: event["site_images"][site] for site, value in found.items() if value is not None}
     return math.fsum(found[site] * n for site, n in images.items()) / sum(images.values()) if images else math.nan
@@ -238,7 +248,7 @@ def _federated_row(one: Outcome, plan: Plan, pooled: Row | None) -> Row:
         method=one.cell.method,
         **_scored(scores, metric),
         **_budget(scores, events),
-        **_best(events, metric, sign),
+        **(_best(events, metric, sign) | _best_own(events, metric)),
         to_target=_to_target(events, metric, sign, math.nan if target is None else target),
         epsilon=float(scores.get("privacy", {}).get("epsilon", math.nan)),
         level=plan.levels[one.cell.setting, one.cell.method],

@@ -33,8 +33,9 @@ SEEDS_NOTE = (
     "is no such figure; hospitals that train alone are several models, none of which is tested on all images."
 )
 PERSONAL_NOTE = (
-    "Methods that leave each hospital a model of its own (FedBN, Ditto …) are judged by these, each on its hospital’s "
-    "test images; validation of Ditto is of the common model."
+    "Methods that leave each hospital a model of its own (FedBN, Ditto, fine-tuning) are judged by these, each on its "
+    "hospital’s validation and test images. One AUROC over all hospitals mixes scores of different models, which have "
+    "no common order: look at the hospitals."
 )
 BUDGET_NOTE = (
     "Means over the seeds, over all sites together; bytes are the models sent both ways, for training and for the "

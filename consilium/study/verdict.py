@@ -13,7 +13,7 @@ from consilium.study.collect import ALONE, POOLED, Found
 from consilium.study.compare import Spread, paired, spread
 from consilium.study.plan import TRIVIAL
 from server.wording import limits, metric_name, number
-from shared.weights import whole
+from shared.weights import keeps_own
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
 def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tuple[str, str]:
     """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen.
 
-    Where a method leaves parts at the sites, each site is looked at by itself: scores of different models have no
-    common order, and over all sites they show who sees which classes rather than who tells them apart.
+    Where a method ends with a model for each site, each site is looked at by itself: scores of different models have
+    no common order, and over all sites they show who sees which classes rather than who tells them apart.
     """
     ways = [("validation", "by validation"), ("value", "by the test images, for there is no validation")]
     jobs = [found.jobs[setting, method] for method in methods if (setting, method) in found.jobs]
-    if not all(map(whole, jobs)):
+    if any(map(keeps_own, jobs)):
         ways.insert(0, ("at_sites", "by validation within each hospital"))
     for what, how in ways:
         values = {method: found.values(setting, method, what) for method in methods}
@@ -150,6 +150,9 @@ def _head(found: Found, setting: str, best: str, how: str, metric: str, sign: in
         text += f"; all data in one place {with_sd(pooled, metric)}"
         if sign > 0 and pooled.mean > 0:
             text += f", of which it reaches {own.mean / pooled.mean:.1%}"
+    if any(row.personal for row in rows.values()):
+        mean = spread([row.mean for row in rows.values()])
+        text += f"; each hospital’s own model on its own images, in the mean {with_sd(mean, metric)}"
     worst = spread([row.worst for row in rows.values()])
     if worst.n:
         last = max(rows.values(), key=lambda row: -row.sign * row.worst if math.isfinite(row.worst) else -math.inf)

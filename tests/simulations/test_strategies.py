@@ -190,17 +190,22 @@ def test_resumed_it_is_the_same_to_the_bit(
 def test_fine_tuning_is_told_beside_the_common_model_and_a_site_uses_its_own(
     three_sites: Path, tiny_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = tiny_job.replace(federation__finetune_steps=4, federation__finetune_rate=1.0, federation__local="norm")
+    job = tiny_job.replace(
+        federation__local="norm",
+        train__learning_rate=1e-4,  # so that fine-tuning, at ten times that, has something left to learn
+        federation__finetune_steps=20,
+        federation__finetune_rate=10.0,
+    )
     (tmp_path / "job.toml").write_text(job.toml())
-    out, image = tmp_path / "run", next((three_sites / "a" / "images").glob("*.png"))
+    out, image = tmp_path / "run", next((three_sites / "b" / "images").glob("*.png"))
     words = ("simulate", tmp_path / "job.toml", "--data", three_sites, "--out", out, "--baselines", "--workers", 1)
     code, text, _ = called(capsys, *words)
     assert code == 0
     assert "each site's own model on its test images" in text
     scores = run_scores(out)
-    assert scores["personal"]["gradient_steps"] == scores["gradient_steps"] + 3 * 4
+    assert scores["personal"]["gradient_steps"] == scores["gradient_steps"] + 3 * 20
     assert "Each site’s own" in (out / "report.html").read_text()
-    common, own = load_file(out / "model.safetensors"), load_file(own_file(out, "a"))
+    common, own = load_file(out / "model.safetensors"), load_file(own_file(out, "b"))
     assert not torch.equal(common["head.weight"], own["head.weight"])
 
     code, _, error = called(capsys, "predict", out, image, "--out", tmp_path / "one")
@@ -209,7 +214,7 @@ def test_fine_tuning_is_told_beside_the_common_model_and_a_site_uses_its_own(
     for word, rest in {"predict": [image], "explain": ["--image", image], "export": []}.items():
         target = tmp_path / f"{word}.png"
         code, text, error = called(
-            capsys, word, out, *rest, "--out", target, "--site-parts", own_file(out, "a"),
+            capsys, word, out, *rest, "--out", target, "--site-parts", own_file(out, "b"),
             *(["--format", "safetensors"] if word == "export" else []),
         )  # fmt: skip
         assert code == 0, error
