@@ -60,9 +60,10 @@ def _as_template(record: Any, template: Sums) -> Sums:
     if set(sums) != set(template):
         raise Refused("some sums of the list are missing")
     for key, expected in template.items():
-        if np.asarray(expected).dtype.kind == "i" and np.asarray(sums[key]).dtype.kind != "i":
+        values = np.asarray(sums[key])
+        if np.asarray(expected).dtype.kind == "i" and values.dtype.kind != "i":
             raise Refused(f"{key} counts, and is not whole")
-        if np.any(np.asarray(sums[key]) < 0):
+        if np.any(values < 0):
             raise Refused(f"{key} is negative")
     return sums
 
@@ -79,7 +80,7 @@ def numbers(record: Any, allowed: Mapping[str, int]) -> Sums:
         length = len(value) if isinstance(value, list) else -1
         if allowed.get(key) != length:
             raise Refused(f"{key!r} is not on the list, or has another length")
-        if not all(type(item) in (int, float) and math.isfinite(item) for item in values):
+        if not set(map(type, values)) <= {int, float} or not all(map(math.isfinite, values)):
             raise Refused(f"{key} holds what is no finite number")
         found[key] = list(value) if isinstance(value, list) else value
     return found

@@ -326,12 +326,13 @@ def admit_form(reply: Message | None, template: Sums) -> Sums:
     for key, expected in template.items():
         if _length(sums[key]) != _length(expected):
             raise Dropped("wrong-shape")
-        if not np.all(np.isfinite(sums[key]) & (np.asarray(sums[key]) >= 0)):
+        values = np.asarray(sums[key])
+        if not np.all(np.isfinite(values) & (values >= 0)):
             raise Dropped("not-finite")
         counts = np.asarray(expected).dtype.kind == "i"
-        if counts and np.asarray(sums[key]).dtype.kind != "i":
+        if counts and values.dtype.kind != "i":
             raise Dropped("wrong-sums")
-        if np.any(np.asarray(sums[key]) > (_MOST_COUNTED if counts else _MOST_SUMMED)):
+        if np.any(values > (_MOST_COUNTED if counts else _MOST_SUMMED)):
             raise Dropped("wrong-sums")
     return sums
 

@@ -74,6 +74,8 @@ def _plain(value: object) -> object:
         return value.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
     if isinstance(value, Mapping):
         return {str(_plain(str(key))): _plain(item) for key, item in value.items()}
+    if isinstance(value, list) and set(map(type, value)) <= {int}:  # thousands of counts, in every evaluation
+        return value
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -18,6 +18,7 @@ import pickle
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -192,16 +193,22 @@ class _Packer(pickle.Pickler):
         self.aside: list[np.ndarray] = []
         self.size = 0
 
-    def persistent_id(self, thing: object) -> tuple[int, str, tuple[int, ...]] | None:
+    def reducer_override(self, thing: object) -> Any:
+        # Not persistent_id, which is asked about every number of every list as well.
         if type(thing) is not Kept and type(thing) is not Stored:
-            return None
+            return NotImplemented
         values = thing.frozen()
         if values.nbytes < SMALL:
-            return None
+            return NotImplemented
         place = self.size, values.dtype.str, values.shape
         self.aside.append(values)
         self.size += _aligned(values.nbytes)
-        return place
+        return _aside, place
+
+
+def _aside(offset: int, dtype: str, shape: tuple[int, ...]) -> Stored:
+    """What lies aside, where no segment comes with the pickle."""
+    raise pickle.UnpicklingError(f"an array {shape} of {dtype} at {offset} in a segment, and no segment")
 
 
 class _Unpacker(pickle.Unpickler):
@@ -209,10 +216,9 @@ class _Unpacker(pickle.Unpickler):
         super().__init__(io.BytesIO(body))
         self._source = source
 
-    def persistent_load(self, place: tuple[int, str, tuple[int, ...]]) -> Stored:
-        if self._source is None:
-            raise pickle.UnpicklingError("arrays in a segment, and no segment")
-        return Stored(self._source, *place)
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        return partial(Stored, self._source) if found is _aside and self._source is not None else found
 
 
 def pack(thing: Any, segment: Segment | None) -> tuple[bytes, int]:

@@ -60,8 +60,8 @@ def consistent(sums: Sums, job: Job) -> bool:
     """Whether the counts of one site agree: every image once in the confusion counts and in each class's histograms."""
     n, labels = sums["n"], len(job.classes) if job.data.multilabel else 1
     counts = [int(value) for value in sums["confusion"]]  # type: ignore[union-attr]
-    both = [int(a) + int(b) for a, b in zip(sums["positives"], sums["negatives"], strict=True)]  # type: ignore[arg-type]
-    per_class = [sum(both[k * BINS : (k + 1) * BINS]) for k in range(len(job.classes))]
+    both = np.asarray(sums["positives"], dtype=np.int64) + np.asarray(sums["negatives"], dtype=np.int64)
+    per_class = both.reshape(len(job.classes), BINS).sum(1).tolist()
     missing = [int(value) for value in sums.get("missing", [])]  # type: ignore[union-attr]
     return sum(counts) == n * labels and all(total == n for total in per_class) and all(m <= n for m in missing)  # type: ignore[operator]
 
