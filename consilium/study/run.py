@@ -30,7 +30,10 @@ from shared.tasks import load_task
 
 MARK = "study.toml"  # a copy of the file: what tells a study's folder from another
 CELLS, CACHE = "cells", "cache"
-PRELOADED = ["consilium.study.cell", "simulations.simulate", "simulations.trivial", "client.app", "torch._dynamo"]
+PRELOADED = [
+    "consilium.study.cell", "simulations.simulate", "simulations.trivial", "client.app", "torch._dynamo",
+    "torchvision.transforms.v2",
+]  # fmt: skip
 GRACE = 15.0  # seconds a cell has to end its workers
 
 # Hears of a cell: "started", "news" with (round, rounds, metric), "done", "kept", "failed" with the reason.
