@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -133,15 +135,16 @@ def test_objects_of_a_perfect_mask_are_all_found_whatever_their_numbers() -> Non
     assert found.aji_intersection == found.aji_union == (truth > 0).sum()
 
 
-def tally(of: Job, cases: list[tuple[np.ndarray, np.ndarray]]) -> Tally:
+def tally(of: Job, cases: list[tuple[np.ndarray, np.ndarray]], losses: Sequence[float] = ()) -> Tally:
     """Sums of some pairs of predicted and true masks, of pixels of 1 mm."""
     made = Tally(of)
     classes = len(of.classes)
-    for predicted, truth in cases:
+    for number, (predicted, truth) in enumerate(cases):
         marks = [(mask > 0).astype(int) if made.instances else mask for mask in (predicted, truth)]
         far = [hausdorff95(marks[0] == k, marks[1] == k, (1, 1)) for k in range(1, classes + 1)]
         objects = match_objects(find_objects(marks[0] > 0), truth) if made.instances else None
-        made.add(0.5, overlap(*marks, classes), [one for one in far if one is not None], objects)
+        loss = losses[number] if losses else 0.5
+        made.add(loss, overlap(*marks, classes), [one for one in far if one is not None], objects)
     return made
 
 
@@ -210,6 +213,80 @@ def test_instance_metrics_are_ratios_of_all_objects_and_pixels() -> None:
     found = summarise(sums, of)
     assert found["instance_f1"].value == pytest.approx(2 * matched / (2 * matched + false + missed))
     assert found["aji"].value == pytest.approx(inside / either)
+
+
+def textbook(values: Sequence[float], least: float = -np.inf, most: float = np.inf) -> tuple[float, float, float, int]:
+    """The mean of some values with its normal interval, cut at what a value can be."""
+    kept = np.array([value for value in values if not np.isnan(value)])
+    half = 1.959963985 * kept.std(ddof=1) / np.sqrt(len(kept))
+    return kept.mean(), max(kept.mean() - half, least), min(kept.mean() + half, most), len(kept)
+
+
+def test_every_interval_of_a_mean_is_that_of_the_images_values() -> None:
+    of = job()
+    cases = [(blobs(seed), blobs(seed + 50)) for seed in range(6)]
+    cases.append((np.where(cases[0][0] == 2, 0, cases[0][0]), np.where(cases[0][1] == 2, 0, cases[0][1])))
+    losses = [0.1, 2.0, 0.4, 0.9, 3.0, 0.2, 0.7]
+    found = summarise(tally(of, cases, losses).sums, of)
+    over = [overlap(*case, 2) for case in cases]
+    far = [[hausdorff95(p == k, t == k, (1, 1)) for k in (1, 2)] for p, t in cases]
+    expected = {
+        "loss": textbook(losses),
+        "dice": textbook([float(np.nanmean(one.dice)) for one in over], 0, 1),
+        "iou": textbook([float(np.nanmean(one.iou)) for one in over], 0, 1),
+        "hd95": textbook([float(np.mean([x for x in pair if x is not None])) for pair in far]),
+        "dice:organ": textbook([float(one.dice[0]) for one in over], 0, 1),
+        "dice:lesion": textbook([float(one.dice[1]) for one in over], 0, 1),
+    }
+    assert expected["dice:lesion"][3] == 6, "one image has no lesion"
+    for name, (value, low, high, n) in expected.items():
+        assert vars(found[name]) == pytest.approx({"value": value, "low": low, "high": high, "n": n}), name
+
+
+def test_intervals_of_shares_end_at_none_and_all() -> None:
+    of = job(data__classes="organ")
+    right, wrong = np.zeros((8, 8), int), np.zeros((8, 8), int)
+    right[:2], wrong[5:] = 1, 1
+    low = summarise(tally(of, [(wrong, right), (wrong, right), (wrong, right), (right, right)]).sums, of)["dice"]
+    high = summarise(tally(of, [(right, right), (right, right), (right, right), (wrong, right)]).sums, of)["dice"]
+    assert (low.value, low.low, high.value, high.high) == (0.25, 0.0, 0.75, 1.0)
+    assert 0.25 < low.high < 1
+    assert 0 < high.low < 0.75
+
+
+def test_intervals_of_objects_are_those_of_a_ratio_over_images() -> None:
+    of = job(data__classes="cell", data__masks="instances")
+    cases = [(blobs(seed, classes=1), find_objects(blobs(seed + 9, classes=1) > 0)) for seed in range(6)]
+    found = summarise(tally(of, cases).sums, of)
+    one = np.array([match_objects(find_objects(predicted > 0), truth) for predicted, truth in cases], float)
+    matched, false, missed, inside, either = one.T
+    assert false.any()
+    assert missed.any()
+    for name, a, b in (("instance_f1", 2 * matched, 2 * matched + false + missed), ("aji", inside, either)):
+        value = a.sum() / b.sum()
+        half = 1.959963985 * np.sqrt(len(a) * np.sum((a - value * b) ** 2) / (len(a) - 1)) / b.sum()
+        assert (found[name].low, found[name].high) == pytest.approx((value - half, min(value + half, 1)), rel=1e-6), (
+            name
+        )
+
+
+def test_contradicting_objects_and_modalities_are_refused() -> None:
+    of = job(data__classes="cell", data__masks="instances")
+    cases = [(blobs(seed, classes=1), find_objects(blobs(seed + 9, classes=1) > 0)) for seed in range(3)]
+    sums = tally(of, cases).sums
+    assert consistent(sums, of)
+    assert not consistent(sums | {"aji_union": int(sums["aji_intersection"]) - 1}, of)  # type: ignore[arg-type]
+    assert not consistent(sums | {"dice_n": 9}, of), "whatever the objects say"
+    assert consistent(sums | {"missing": [3, 0]}, of)
+    assert not consistent(sums | {"missing": [0, 4]}, of)
+
+
+def test_a_perfect_model_is_consistent() -> None:
+    of = job()
+    sums = tally(of, [(blobs(seed), blobs(seed)) for seed in range(3)]).sums
+    assert (sums["iou"], sums["dice"], sums["dice_n"]) == (3.0, 3.0, 3)
+    assert consistent(sums, of)
+    assert not consistent(sums | {"dice": 3.5}, of)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9))
