@@ -265,9 +265,8 @@ def test_intervals_of_objects_are_those_of_a_ratio_over_images() -> None:
     for name, a, b in (("instance_f1", 2 * matched, 2 * matched + false + missed), ("aji", inside, either)):
         value = a.sum() / b.sum()
         half = 1.959963985 * np.sqrt(len(a) * np.sum((a - value * b) ** 2) / (len(a) - 1)) / b.sum()
-        assert (found[name].low, found[name].high) == pytest.approx((value - half, min(value + half, 1)), rel=1e-6), (
-            name
-        )
+        ends = (value - half, min(value + half, 1))
+        assert (found[name].low, found[name].high) == pytest.approx(ends, rel=1e-6), name
 
 
 def test_contradicting_objects_and_modalities_are_refused() -> None:
@@ -303,6 +302,12 @@ def test_the_interval_of_a_ratio_is_the_textbook_one(pairs: list[tuple[int, int]
     # The residuals add up to zero, so their variance is their mean square.
     assert found.high == pytest.approx(min(found.value + 1.959964 * error, 1), abs=1e-6)
     assert found.low == pytest.approx(max(found.value - 1.959964 * error, 0), abs=1e-6)
+
+
+def test_a_ratio_of_one_object_is_a_figure_and_of_no_image_is_none() -> None:
+    assert vars(ratio(1, 1, [1, 1, 1], 2)) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    assert ratio(1, 2, [1, 2, 4], 0).n == 0
+    assert np.isnan(ratio(1, 2, [1, 2, 4], 0).value)
 
 
 def test_the_interval_of_pooled_dice_covers_what_resampling_images_gives() -> None:
