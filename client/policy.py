@@ -6,7 +6,7 @@
     max_delta = 1e-5                # largest delta a job may use; this is the default where max_epsilon is set
     unit = "patient"                # who must be protected: one image, or all images of a patient
     min_patients = 20               # with fewer training patients the site takes no part
-    metrics = "all"                 # or names of all that may be computed; a job with more is refused
+    metrics = "all"                 # or names of all that may be computed; a job that computes more is refused
     subgroups = "sex, age"          # test figures may be told by these, if a job asks; "all"; "" for none
     min_cell = 5                    # no count of 1 to 4 images of a class leaves
     exact_counts = false            # the number of training images does not leave, declared_images stands for it
@@ -97,6 +97,8 @@ def _check(values: dict[str, bool | float | int | str]) -> None:
     words = [word.strip() for word in str(values["metrics"]).split(",") if word.strip()]
     if not words:
         raise wrong("metrics", '"all", or names of figures')
+    if "all" in words and len(words) > 1:
+        raise wrong("metrics", 'either "all" alone, or names of figures without it')
     if words != ["all"]:
         for word in words:
             if word not in known:
@@ -144,10 +146,14 @@ def require(policy: Policy, job: Job, patients: int) -> None:
             raise SiteRefusal(code, why)
 
 
+def forbidden(policy: Policy, job: Job) -> list[str]:
+    """The figures that the job computes and the site's list does not name."""
+    return sorted(set(TASKS[job.task].computed(job)) - set(policy.metrics)) if policy.metrics else []
+
+
 def _rules(policy: Policy, job: Job, patients: int) -> Sequence[tuple[str, bool, str]]:
     asked, private = job.privacy, job.privacy.dp in ("local", "distributed")
-    computed = set(TASKS[job.task].metrics)
-    kept_back = sorted(computed - set(policy.metrics)) if policy.metrics else []
+    kept_back = forbidden(policy, job)
     return (
         (
             "dp-required",

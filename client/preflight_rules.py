@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
 
 from client.check import Report
-from client.policy import Policy, least_of, read_policy, require, tells
+from client.policy import Policy, forbidden, least_of, read_policy, require, tells
 from client.preflight import Finding, attention, ok, spoken, stop
 from shared.config import Job, read_toml
 from shared.errors import CODES, SiteRefusal
@@ -181,6 +181,18 @@ def groups(job: Job, policy: Policy) -> Iterator[Finding]:
     yield ok("groups of patients", "; ".join(words))
 
 
+def _way_out(code: str, job: Job, policy: Policy) -> str:
+    owner = "changing [privacy] is for whoever answers for the patients"
+    if code != "metric-forbidden":
+        return f"ask the coordinator for a job that grants it; {owner}"
+    always = [name for name in forbidden(policy, job) if name not in TASKS[job.task].only_if]
+    if always:  # no coordinator can help
+        return (
+            f"every {job.task} job computes {', '.join(always)}: name it in privacy.metrics, or take no part; {owner}"
+        )
+    return f"ask the coordinator whether a job without it will do, name it in privacy.metrics, or take no part; {owner}"
+
+
 def _rules(report: Report, job: Job, policy: Policy) -> Iterator[Finding]:
     try:
         require(policy, job, report.patients)
@@ -188,7 +200,7 @@ def _rules(report: Report, job: Job, policy: Policy) -> Iterator[Finding]:
         yield stop(
             "this job under your rules",
             f"would be declined ({refusal.code}: {CODES[refusal.code]}): {refusal}",
-            "ask the coordinator for a job that grants it; changing [privacy] is for whoever answers for the patients",
+            _way_out(refusal.code, job, policy),
         )
         return
     if policy.max_epsilon and not policy.require_dp:

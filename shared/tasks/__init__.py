@@ -43,9 +43,12 @@ its ``n`` is the number of samples.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from shared.config import Job
 
 Sums = dict[str, int | float | list[int] | list[float]]
 
@@ -55,7 +58,8 @@ class Facts(NamedTuple):
 
     ``metrics`` holds +1 where more is better, -1 where less is better; the first picks the best round unless the job
     says otherwise. ``classes`` is the least number of classes a job must name. ``case`` is what a report calls one
-    sample, ``counted`` what ``count_classes`` counts.
+    sample, ``counted`` what ``count_classes`` counts. ``only_if`` says of a metric that not every job of the task has
+    which jobs have it: a site that forbids a figure declines those alone.
     """
 
     about: str
@@ -64,19 +68,27 @@ class Facts(NamedTuple):
     formats: tuple[str, ...]
     case: str = "image"
     counted: str = "images"
+    only_if: Mapping[str, Callable[[Job], bool]] = {}
+
+    def computed(self, job: Job) -> tuple[str, ...]:
+        """Those of ``metrics`` that a job of this task has."""
+        return tuple(name for name in self.metrics if name not in self.only_if or self.only_if[name](job))
 
 
 _LABELLED = ("auto", "csv", "folder", "npz", "coco-crops")
 _LABELS = {"auroc": 1, "balanced_accuracy": 1, "accuracy": 1, "loss": -1}
+_LABELS_OF_IMAGE = {f"image_{name}": sign for name, sign in _LABELS.items() if name != "loss"}
 _MASKS = {"dice": 1, "iou": 1, "dice_pooled": 1, "iou_pooled": 1, "hd95": -1, "instance_f1": 1, "aji": 1, "loss": -1}
 
 TASKS: dict[str, Facts] = {
     "classification": Facts("one or several labels per image, or per case of several images", _LABELS, 2, _LABELLED),
     "segmentation": Facts(
         "the class of every pixel or voxel",
-        _MASKS | {f"image_{name}": sign for name, sign in _LABELS.items() if name != "loss"},
+        _MASKS | _LABELS_OF_IMAGE,
         1,
         ("auto", "csv", "masks"),
+        only_if=dict.fromkeys(_LABELS_OF_IMAGE, lambda job: bool(job.labels))
+        | dict.fromkeys(("instance_f1", "aji"), lambda job: job.data.masks == "instances"),
     ),
     "detection": Facts(
         "boxes around objects",
@@ -90,6 +102,11 @@ TASKS: dict[str, Facts] = {
         {"frechet": -1, "synthetic_accuracy": 1, "memorised": -1},
         1,
         _LABELLED,
+        only_if={
+            "synthetic_accuracy": lambda job: job.model.conditional,
+            # It looks at training images, which the noise of their site's own is there to hide.
+            "memorised": lambda job: job.privacy.dp not in ("local", "distributed"),
+        },
     ),
     "sequence": Facts(
         "one label per film, scan series or signal",
@@ -104,6 +121,7 @@ TASKS: dict[str, Facts] = {
         {"mse": -1, "psnr": 1, "ssim": 1, "auroc": 1},
         1,
         _LABELLED,
+        only_if={"auroc": lambda job: len(job.classes) > 1},
     ),
 }
 

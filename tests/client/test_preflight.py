@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,17 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from client.check import check_site
-from client.policy import read_policy
+from client.check import Report, check_site
+from client.policy import read_policy, require
 from client.preflight import Finding, Level, after, before, verdict
 from client.preflight_machine import GpuFacts, disk, gpu, look_at_gpu, shared_memory
-from client.preflight_rules import images, key_file, privacy
+from client.preflight_rules import _rules, images, key_file, privacy
 from consilium.cli import commands
 from server.pki import words
-from shared.config import Job
-from shared.errors import UserError
+from shared.config import Job, job_from_flat
+from shared.errors import SiteRefusal, UserError
 from shared.sitefile import PRIVACY
+from shared.tasks import TASKS
 from tests.client.gateway import Authority, serving, write_key
 from tests.conftest import write_site
 
@@ -425,3 +427,52 @@ def test_no_metric_is_no_rule_and_a_mark_of_windows_editors_no_fault(tmp_path: P
     file = rules(tmp_path, "[privacy]\nmin_cell = 7\n")
     file.write_text(file.read_text(), encoding="utf-8-sig")
     assert read_policy(file).min_cell == 7
+
+
+# --- figures that a site forbids --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "without", "more"),
+    [
+        ({"task": "segmentation", "model.name": "unet"}, "image_accuracy", {"data.labels": "well,sick"}),
+        ({"task": "segmentation", "model.name": "unet", "data.classes": "cell"}, "aji", {"data.masks": "instances"}),
+        ({"task": "generation", "model.name": "dcgan"}, "synthetic_accuracy", {"model.conditional": True}),
+        ({"task": "reconstruction", "data.classes": "well"}, "auroc", {"data.classes": "well,sick"}),
+    ],
+)
+def test_a_site_declines_only_the_jobs_that_compute_what_it_forbids(
+    asked: dict[str, Any], without: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    job, fuller = job_from_flat(asked), job_from_flat(asked | more)
+    policy = read_policy(rules(tmp_path, f'[privacy]\nmetrics = "{", ".join(TASKS[job.task].computed(job))}"\n'))
+    require(policy, job, 20)
+    with pytest.raises(SiteRefusal, match=without) as refusal:
+        require(policy, fuller, 20)
+    assert refusal.value.code == "metric-forbidden"
+
+
+def test_a_figure_that_looks_at_training_images_is_not_asked_for_beside_the_noise() -> None:
+    noised = {"privacy.epsilon": 8.0, "train.class_weights": "none"}
+    for dp, there in {"none": True, "local": False, "central": True}.items():
+        job = job_from_flat({"task": "generation", "privacy.dp": dp} | (noised if dp != "none" else {}))
+        assert ("memorised" in TASKS["generation"].computed(job)) is there
+
+
+def test_a_site_is_told_what_can_be_done_about_a_figure_it_forbids(tmp_path: Path) -> None:
+    file = write_site(tmp_path / "a", "a", 80)
+    kept = file.read_text()
+    file.write_text(f'{kept}[privacy]\nmetrics = "auroc, loss"\n')
+    (finding,) = _rules(Report("a", patients=20), job_from_flat({}), read_policy(file))
+    assert finding.level is STOP
+    assert finding.todo.startswith("every classification job computes accuracy, balanced_accuracy: name it in privacy.")
+    some = "dice, iou, dice_pooled, iou_pooled, hd95, loss"
+    file.write_text(f'{kept}[privacy]\nmetrics = "{some}"\n')
+    job = job_from_flat({"task": "segmentation", "model.name": "unet", "data.labels": "well,sick"})
+    (finding,) = _rules(Report("a", patients=20), job, read_policy(file))
+    assert finding.todo.startswith("ask the coordinator whether a job without it will do")
+
+
+def test_all_stands_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"""privacy\.metrics = 'all, auroc': must be either "all" alone, or names"""):
+        read_policy(rules(tmp_path, '[privacy]\nmetrics = "all, auroc"\n'))

@@ -168,8 +168,13 @@ def test_sums_of_split_data_give_the_metrics_of_the_whole(every: Case) -> None:
         if estimate.n:
             assert estimate.low <= estimate.value <= estimate.high, name
     assert set(expected) >= {job.best_metric}
-    known = TASKS[job.task].metrics
-    assert {name.partition(":")[0] for name in expected} <= set(known)
+    known = TASKS[job.task]
+    assert {name.partition(":")[0] for name in expected} <= set(known.metrics)
+    # A site's own rules go by these: each is there, and what the job is said not to have has no case behind it.
+    assert set(known.computed(job)) <= set(expected)
+    assert all(
+        not estimate.n for name, estimate in expected.items() if name in set(known.metrics) - set(known.computed(job))
+    )
 
 
 def test_no_data_gives_the_same_sums_all_empty(every: Case) -> None:
