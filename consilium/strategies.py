@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shared.config import knobs, toml_scalar
-from shared.settings import Federation
+from shared.settings_federation import Federation
 from shared.strategies import AGGREGATORS, CODEC_NAMES, CORRECTIONS, LOCAL, SERVER_OPTIMIZERS, STRATEGIES
 from shared.terminal import wrapped
 

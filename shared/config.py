@@ -1,8 +1,8 @@
 """The job: everything that decides the result of a run, read from one flat TOML file and validated here.
 
 A job is a few small tables of scalars (Flower's run config takes only str, int, float and bool). The defaults stand in
-``shared.settings`` and, for ``flwr run``, once more in ``[tool.flwr.app.config]`` of pyproject.toml; a test holds the
-two together.
+``shared.settings`` (those of [federation] in ``shared.settings_federation``) and, for ``flwr run``, once more in
+``[tool.flwr.app.config]`` of pyproject.toml; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import UserError
+from shared.knobs import Scalar, knob
 from shared.pairs import check_pairs
 from shared.rules import check_rules, site_rule
-from shared.settings import Augment, Data, Evaluation, Federation, Model, Privacy, Scalar, Train, knob
+from shared.settings import Augment, Data, Evaluation, Model, Privacy, Train
+from shared.settings_federation import Federation
 from shared.strategies import AGGREGATORS, CODEC_NAMES, STRATEGIES, resolve
 from shared.subgroups import parse_subgroups
 from shared.tasks import TASKS

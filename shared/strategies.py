@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shared.settings import Federation
+    from shared.settings_federation import Federation
 
 Value = str | int | float | bool
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from server.rounds import Run
 from shared.config import Job, Scalar, job_from_flat
-from shared.settings import nothing_shared
+from shared.settings_federation import nothing_shared
 from shared.sitefile import read_site
 from simulations.engine import grid_of
 from simulations.pool import WorkerPool

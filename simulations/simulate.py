@@ -22,7 +22,7 @@ from server.store import Event, fresh_folder, listening, write_json
 from shared import __version__
 from shared.config import Job, Scalar, job_from_flat, load_job
 from shared.errors import UserError
-from shared.settings import nothing_shared
+from shared.settings_federation import nothing_shared
 from shared.tasks import load_task
 from shared.weights import REFERENCE
 from simulations.baselines import POOLED, baselines_of

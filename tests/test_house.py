@@ -49,7 +49,10 @@ def test_no_module_is_longer_than_350_lines(root: Path) -> None:
     for package in PACKAGES:
         for path in (root / package).rglob("*.py"):
             lines = len(path.read_text().splitlines())
-            assert lines <= 350 or "Longer than 350 lines because" in path.read_text(), f"{path}: {lines} lines"
+            assert lines <= 350 or "Longer than 350 lines because" in path.read_text(), (
+                f"{path}: {lines} lines, 350 are allowed: move a part that stands by itself to a module beside it, or "
+                "say in the module's docstring 'Longer than 350 lines because …'"
+            )
 
 
 def test_the_version_is_one_number(root: Path) -> None:

@@ -25,7 +25,8 @@ from server.record import count
 from shared import __version__
 from shared.config import Job, Scalar, job_from_flat, load_job, read_toml, toml_scalar
 from shared.errors import UserError
-from shared.settings import Privacy, nothing_shared
+from shared.settings import Privacy
+from shared.settings_federation import nothing_shared
 
 FEDERATED, BASELINES, TRIVIAL = "federated", "baselines", "trivial"
 QUICK_SEEDS, QUICK_ROUNDS = 2, 4

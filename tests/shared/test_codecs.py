@@ -25,7 +25,7 @@ from shared.codecs import (
     with_residual,
 )
 from shared.config import Job
-from shared.settings import Federation
+from shared.settings_federation import Federation
 from shared.weights import digest
 
 Arrays = dict[str, Tensor]

@@ -6,7 +6,7 @@ import pytest
 
 from shared import strategies
 from shared.config import job_from_flat
-from shared.settings import nothing_shared
+from shared.settings_federation import nothing_shared
 from shared.strategies import STRATEGIES, resolve
 
 

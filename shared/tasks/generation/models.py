@@ -16,7 +16,7 @@ from shared.cases import derived_seed
 from shared.config import Job, Scalar, job_from_flat, nearest
 from shared.errors import UserError
 from shared.pretrained import is_file_of_weights, load_weights
-from shared.settings import nothing_shared
+from shared.settings_federation import nothing_shared
 from shared.tasks import Part
 from shared.tasks.classification import models as classification
 from shared.tasks.generation.layers import Modulation, SpectralConv2d, SpectralLinear
