@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +91,57 @@ def test_afterwards_neither_is_known_again(tmp_path: Path) -> None:
     (tmp_path / "1.numbers").write_text("#numbers\n1 2")
     with pytest.raises(UnreadableImage):
         read_image(tmp_path / "1.numbers")
+
+
+def test_the_loss_is_what_it_says_for_one_label_and_for_several_and_refused_where_it_does_nothing(
+    root: Path, tmp_path: Path
+) -> None:
+    """In a copy of the program, because the lines belong into files of it."""
+    shutil.copytree(root / "shared", tmp_path / "shared", ignore=shutil.ignore_patterns("__pycache__"))
+    field, line, pair = re.findall(r"```py\n(.*?)```", (root / "docs" / "extending.md").read_text(), re.DOTALL)
+    for name, before, new in (
+        ("settings.py", "    class_weights: str = knob(", f"    {field}"),
+        ("tasks/classification/learning.py", "    return (losses * weights).mean()", f"    {line}"),
+        (
+            "pairs.py",
+            "    # ------------------------------------------------------------------ differential",
+            f"    {pair.strip()},\n",
+        ),
+    ):
+        file = tmp_path / "shared" / name
+        assert file.read_text().count(before) == 1, (
+            f"{name} has not {before!r} once: docs/extending.md needs another place"
+        )
+        file.write_text(file.read_text().replace(before, new + before))
+    found = subprocess.run([sys.executable, "-c", FOCAL], cwd=tmp_path, capture_output=True, text=True, check=True)
+    answer = json.loads(found.stdout)
+    logits, weights = np.array(LOGITS), np.array(WEIGHTS)
+    truth = np.array([[1, 0, 0], [0, 0, 1]])
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    right = (shares * truth).sum(1)
+    one = np.mean(-np.log(right) * (1 - right) ** 2 * (truth * weights).sum(1))
+    right = np.where(truth == 1, 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(logits)))
+    several = np.mean(-np.log(right) * (1 - right) ** 2 * np.where(truth == 1, weights, 1))
+    assert answer["losses"] == pytest.approx([one, several], rel=1e-5)
+    assert answer["refused"].startswith(
+        'task = "detection": does not go with train.focal = 2.0: it is of labels; use "cl'
+    )
+
+
+LOGITS, WEIGHTS = [[0.3, -1.2, 0.8], [2.0, 0.1, -0.5]], [0.5, 1.0, 2.0]
+FOCAL = f"""
+import json, torch
+from shared.config import job_from_flat
+from shared.errors import UserError
+from shared.tasks.classification.learning import loss_of_logits
+asked = {{"data.classes": "a,b,c", "train.focal": 2.0}}
+jobs = [job_from_flat(asked | {{"data.multilabel": several}}) for several in (False, True)]
+losses = [loss_of_logits(torch.tensor({LOGITS}), [(0,), (2,)], job, {WEIGHTS}).item() for job in jobs]
+try:
+    job_from_flat(asked | {{"task": "detection"}})
+except UserError as error:
+    print(json.dumps({{"losses": losses, "refused": str(error)}}))
+"""
 
 
 def test_every_codec_has_its_words(root: Path) -> None:

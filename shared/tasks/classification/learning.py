@@ -33,9 +33,12 @@ def loss_of_logits(
     if job.data.multilabel:
         wanted = many_hot(targets, len(job.classes)).to(logits)
         losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        return (losses * torch.where(wanted > 0, weights, 1.0)).mean()
-    index = torch.tensor([target[0] for target in targets], device=logits.device)
-    return (weights[index] * F.cross_entropy(logits, index, reduction="none")).mean()
+        weights = torch.where(wanted > 0, weights, 1.0)
+    else:
+        index = torch.tensor([target[0] for target in targets], device=logits.device)
+        losses = F.cross_entropy(logits, index, reduction="none")
+        weights = weights[index]
+    return (losses * weights).mean()  # another loss is made of ``losses`` just above: docs/extending.md
 
 
 def many_hot(targets: Sequence[tuple[int, ...]], classes: int) -> Tensor:
