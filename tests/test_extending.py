@@ -20,7 +20,7 @@ from server.store import read_events
 from shared.codecs import CODECS, coding, decode, encode
 from shared.config import Job, job_from_flat
 from shared.errors import UserError
-from shared.imaging.read import READERS, UnreadableImage, frame_count, is_image_name, read_image
+from shared.imaging.read import READERS, Reader, UnreadableImage, frame_count, is_image_name, read_image
 from shared.strategies import CODEC_NAMES
 from simulations.simulate import run
 from tests.conftest import write_site
@@ -83,6 +83,19 @@ def test_the_files_are_read_checked_and_learnt_from(tmp_path: Path, tiny_job: Jo
     scores = run(tiny_job, tmp_path / "data", tmp_path / "run", workers=2).scores["federated"]
     assert scores["dropped"] == []
     assert set(scores["sites"]) == {"a", "b"}
+
+
+def test_a_kind_of_file_may_begin_in_several_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(path: object, key: str | None) -> np.ndarray:
+        return np.full((1, 2, 2), 0.5, np.float32)
+
+    monkeypatch.setitem(READERS, "either", Reader((b"#one", b"#two"), (".either",), one))
+    for start in ("#one", "#two"):
+        (tmp_path / "1.either").write_text(start)
+        np.testing.assert_array_equal(read_image(tmp_path / "1.either"), np.full((2, 2), 0.5, np.float32))
+    (tmp_path / "1.either").write_text("#three")
+    with pytest.raises(UnreadableImage, match="unsupported-format"):
+        read_image(tmp_path / "1.either")
 
 
 def test_afterwards_neither_is_known_again(tmp_path: Path) -> None:

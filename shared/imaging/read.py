@@ -54,12 +54,12 @@ _MAGIC: Final = (
 class Reader(NamedTuple):
     """A kind of file that holds pictures on end.
 
-    ``magic`` are its first bytes, ``suffixes`` those by which a walk through a folder takes it, and ``pictures(path,
-    key)`` gives them all: (n, height, width) or (n, height, width, channels), of any number type. It raises
-    UnreadableImage, or ValueError for a file that is damaged.
+    ``magic`` are its first bytes, several where they differ from file to file; ``suffixes`` those by which a walk
+    through a folder takes it; ``pictures(path, key)`` gives them all: (n, height, width) or (n, height, width,
+    channels), of any number type. It raises UnreadableImage, or ValueError for a file that is damaged.
     """
 
-    magic: bytes
+    magic: bytes | tuple[bytes, ...]
     suffixes: tuple[str, ...]
     pictures: Callable[[Name, str | None], Array]
 
