@@ -17,6 +17,7 @@ from client.memory import Memory, write_arrays
 from client.workspace import Workspace, measured, own_start, run_name, write_log
 from shared import __version__
 from shared.config import Job
+from shared.intervals import NOTHING
 from shared.sitefile import OWN_FOLDER
 from shared.tasks import TASKS, load_task
 from shared.training import pick_device, train
@@ -150,7 +151,8 @@ def _validated(model: nn.Module, job: Job, workspace: Workspace, message: Messag
         return math.nan
     task = load_task(job.task)
     sums = task.collect(measured(model, message, job), data, job, pick_device(job))
-    return float(TASKS[job.task].metrics[job.best_metric] * task.summarise(sums, job)[job.best_metric].value)
+    found = task.summarise(sums, job).get(job.best_metric, NOTHING)
+    return float(TASKS[job.task].metrics[job.best_metric] * found.value)
 
 
 def personal_file(home: Path, run: str) -> Path:
