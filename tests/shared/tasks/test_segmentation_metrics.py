@@ -14,6 +14,7 @@ from scipy import ndimage
 from sklearn.metrics import f1_score, jaccard_score
 
 from shared.config import Job, job_from_flat
+from shared.intervals import mean_dependent
 from shared.tasks import add_sums
 from shared.tasks.segmentation.learning import mask_losses
 from shared.tasks.segmentation.measures import find_objects, hausdorff95, match_objects, overlap
@@ -241,6 +242,24 @@ def test_every_interval_of_a_mean_is_that_of_the_images_values() -> None:
     assert expected["dice:lesion"][3] == 6, "one image has no lesion"
     for name, (value, low, high, n) in expected.items():
         assert vars(found[name]) == pytest.approx({"value": value, "low": low, "high": high, "n": n}), name
+
+
+def test_the_interval_of_a_pooled_figure_is_made_of_each_classs_own() -> None:
+    of = job(data__classes="organ,lesion,vessel")
+    cases = [(blobs(seed, classes=3), blobs(seed + 50, classes=3)) for seed in range(5)]
+    over = [overlap(*case, 3) for case in cases]
+    parts = []
+    for k in range(3):
+        a = np.array([2.0 * one.both[k] for one in over])
+        b = np.array([float(one.predicted[k] + one.truth[k]) for one in over])
+        parts.append(ratio(a.sum(), b.sum(), [float(a @ a), float(a @ b), float(b @ b)], 5))
+    assert vars(summarise(tally(of, cases).sums, of)["dice_pooled"]) == pytest.approx(vars(mean_dependent(parts)))
+
+
+def test_one_class_has_no_figure_of_its_own_beside_that_of_all() -> None:
+    of = job(data__classes="organ")
+    found = summarise(tally(of, [(blobs(0, classes=1), blobs(1, classes=1))]).sums, of)
+    assert not [name for name in found if name.startswith("dice:")]
 
 
 def test_intervals_of_shares_end_at_none_and_all() -> None:
