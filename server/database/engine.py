@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +103,26 @@ def _connected(connection: Any, _: object) -> None:
     The log is emptied at 200 pages (0.8 MB) instead of 1000, so that on a small disk it leaves the journal its room.
     """
     connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "wal_autocheckpoint = 200"):
+    _write_ahead(connection)
+    for pragma in ("synchronous = NORMAL", "foreign_keys = ON", "wal_autocheckpoint = 200"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: Any) -> None:
+    """Only the first to open a new file changes its journal; whoever does so at the same moment waits for it here.
+
+    SQLite itself does not wait: it reads the file before it changes it, and one that waits for a lock while it reads
+    could wait for another that does the same, so it says SQLITE_BUSY at once, whatever the timeout.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 def _begin(connection: Connection) -> None:

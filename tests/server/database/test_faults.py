@@ -9,7 +9,9 @@ import shutil
 import sqlite3
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,48 @@ def test_a_locked_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     other.close()
     store.add("finish", seconds=3.0)
     assert same(tmp_path / "run")
+
+
+def test_a_new_file_is_waited_for_while_another_makes_it(tmp_path: Path) -> None:
+    """SQLite says at once that such a file is locked, and does not wait, when its journal is to be another."""
+    first = sqlite3.connect(tmp_path / STORE, isolation_level=None, check_same_thread=False)
+    first.execute("BEGIN IMMEDIATE")
+    later = threading.Timer(0.3, first.execute, ["ROLLBACK"])
+    later.start()
+    db = open_database(tmp_path / STORE)
+    later.join()
+    with db.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    db.dispose()
+    first.close()
+
+
+def test_a_new_file_that_stays_locked_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PATIENCE", 0.1)
+    first = sqlite3.connect(tmp_path / STORE, isolation_level=None)
+    first.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UserError, match="database is locked"):
+        open_database(tmp_path / STORE)
+    first.close()
+
+
+def _opened(stores: list[Path], together: Barrier) -> None:
+    for store in stores:
+        together.wait(60)
+        open_database(store).dispose()
+
+
+def test_several_processes_make_a_new_store_together(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    stores, together = [tmp_path / f"{number}.sqlite" for number in range(20)], context.Barrier(4)
+    processes = [context.Process(target=_opened, args=(stores, together)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
 
 
 def _on_a_full_disk(folder: Path) -> None:
