@@ -14,6 +14,7 @@ from server.dashboard import models, views
 from server.dashboard.federation import FederationView
 from server.dashboard.live import Watcher
 from server.database import read
+from server.database.query import sortable
 from server.record import reason_words
 from server.releases import against_release
 from shared import __version__
@@ -25,9 +26,7 @@ Row = dict[str, Any]
 Id = Annotated[int, Path(ge=1, le=2**63 - 1)]
 Round = Annotated[int | None, Query(ge=1, le=10**6)]
 Metric = Annotated[str, Query(max_length=96, pattern=r"^[^\x00-\x1f]*$")]
-_SORTED = "started|updated|name|task|model|status|done|rounds|sites|best_value|test_value"
-_SORTED += "|lost_training|lost_evaluations|warnings|seconds"
-Sort = Annotated[str, Query(pattern=f"^-?({_SORTED})$")]
+Sort = Annotated[str, Query(pattern=f"^-?({'|'.join(sortable())})$")]
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such run, or it has no such file."}}
 router = APIRouter(prefix="/api", responses={401: {"description": "Sign in with the token."}})
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, Engine, Select, and_, func, select
+from sqlalchemy import Column, ColumnElement, Connection, Engine, Label, Numeric, Select, and_, cast, func, select
 
 from server.database import schema as t
 from server.database.rows import joined_evaluation, joined_round
 from server.spent import privacy_spent
-from shared.config import job_from_flat
+from shared.config import Job, job_from_flat
 from shared.errors import UserError
 
 Row = dict[str, Any]
@@ -84,6 +84,40 @@ def lost(name: str) -> ColumnElement[int]:
     """How many replies of a kind were not used in the run of a row of the table of runs."""
     asked = select(func.coalesce(func.sum(t.event.c.dropped), 0))
     return asked.where(t.event.c.run == t.run.c.id, t.event.c.kind == LOST[name]).correlate(t.run).scalar_subquery()
+
+
+# Settings of the job that the table of runs shows and sorts by, too: what the column is called, and the setting.
+SETTINGS = {"seed": "seed"}
+
+
+def beside() -> list[Label[Any]]:
+    """What a row of the table of runs has beside the columns of ``schema.run``: of LOST and of SETTINGS."""
+    # As JSON a setting comes back as what it is, whatever an earlier release kept there.
+    settings = [t.run.c.settings[key].label(name) for name, key in SETTINGS.items()]
+    return [*(lost(name).label(name) for name in LOST), *settings]
+
+
+def sortable() -> list[str]:
+    """Names of all that runs can be sorted by."""
+    return [*(column.name for column in LISTED), *LOST, *SETTINGS]
+
+
+def sorted_by(name: str) -> ColumnElement[Any]:
+    """What runs are sorted by, of ``sortable``: a setting as the number or the word that it is.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in sortable():
+        raise UserError(f"{name!r}: runs have {', '.join(sortable())}")
+    if name in LOST:
+        return lost(name)
+    if name not in SETTINGS:
+        return run_column(name)
+    value = t.run.c.settings[SETTINGS[name]].as_string()
+    # Numeric holds whole numbers of any length in PostgreSQL, too. A bool stays a word: true comes after false anyway.
+    number = type(Job().flat()[SETTINGS[name]]) in (int, float)
+    return cast(value, Numeric) if number else value
 
 
 def lost_evaluations(connection: Connection) -> dict[str, int]:

@@ -18,13 +18,14 @@ from server.database.query import (
     LISTED,
     LOST,
     Row,
+    beside,
     evaluated,
     exists,
     figures_of,
-    lost,
     plain,
     run_column,
     run_row,
+    sorted_by,
     spent,
 )
 from server.database.query import events as events
@@ -41,12 +42,13 @@ def runs(
     states: Mapping[int, str] | None = None,
 ) -> tuple[list[Row], int]:
     """Runs as rows of ``schema.run`` (without ``settings``) with ``lost_training`` and ``lost_evaluations``, the
-    replies that were not used by what was asked for; and how many runs there are in all.
+    replies that were not used by what was asked for, and the settings of ``query.SETTINGS``; and how many runs there
+    are in all.
 
-    ``sort`` is a column, with ``-`` from the largest; missing values come last. ``filter`` holds columns and the value
-    that each must have; of ``search`` the job's name or the path must contain it. Unless it names ``parent`` or
-    ``kind``, baselines and reference networks are left out. ``states`` holds what somebody knows better than the
-    journals of these runs, by their ids: it takes the place of ``status``.
+    ``sort`` is one of ``query.sortable``, with ``-`` from the largest; missing values come last. ``filter`` holds
+    columns and the value that each must have; of ``search`` the job's name or the path must contain it. Unless it
+    names ``parent`` or ``kind``, baselines and reference networks are left out. ``states`` holds what somebody knows
+    better than the journals of these runs, by their ids: it takes the place of ``status``.
 
     Raises:
         UserError: no such column.
@@ -54,7 +56,7 @@ def runs(
     known = dict(states or {})
     status = case(known, value=t.run.c.id, else_=t.run.c.status) if known else t.run.c.status
     by = sort.removeprefix("-")
-    column: Any = status if by == "status" else lost(by) if by in LOST else run_column(by)
+    column: Any = status if by == "status" else sorted_by(by)
     wanted = dict(filter or {})
     if not {"parent", "kind"} & set(wanted):
         wanted["kind"] = "federated"
@@ -66,7 +68,7 @@ def runs(
         asked.append(held.in_(value) if isinstance(value, (list, tuple)) else held == value)
     order = column.desc() if sort.startswith("-") else column.asc()
     listed = (
-        select(*LISTED, *(lost(name).label(name) for name in LOST))
+        select(*LISTED, *beside())
         .where(*asked)
         .order_by(order.nulls_last(), t.run.c.id.desc())
         .limit(limit)

@@ -5,7 +5,7 @@ import {curve, draw} from './charts.js';
 const COLUMNS = [
   ['Compare'], ['Run', 'name'], ['State', 'status'], ['Job', 'task'], ['Sites', 'sites'], ['Rounds', 'done'],
   ['Best, validation', 'best_value'], ['Test, 95 % interval', 'test_value'], ['Training replies not used', 'lost_training'],
-  ['Evaluations without figures', 'lost_evaluations'], ['Warnings', 'warnings'], ['Started', 'started'], ['Took', 'seconds'],
+  ['Evaluations without figures', 'lost_evaluations'], ['Warnings', 'warnings'], ['Started', 'started'], ['Took', 'seconds'], ['Seed', 'seed'],
 ];
 const SIZE = 50, MOST = 8;
 const asked = new URLSearchParams(location.search);
@@ -86,7 +86,8 @@ function row(run, update) {
     cell('Evaluations without figures', count(run.lost_evaluations)),
     cell('Warnings', count(run.warnings)),
     cell('Started', h('span', {class: 'nowrap'}, time(run.started))),
-    cell('Took', seconds(run.seconds)));
+    cell('Took', seconds(run.seconds)),
+    cell('Seed', run.seed === null ? '–' : String(run.seed)));
 }
 
 function paging(total, update) {

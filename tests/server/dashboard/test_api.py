@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,22 @@ def test_runs_are_sorted_filtered_and_paged(signed_in: TestClient) -> None:
     assert names(limit=1, offset=1) == ["first"]
     for query in ({"limit": 201}, {"limit": 0}, {"offset": -1}, {"sort": "settings"}, {"search": "x" * 101}):
         assert signed_in.get("/api/runs", params=query).status_code == 422
+
+
+def test_every_column_of_the_page_can_be_sorted_by(signed_in: TestClient, root: Path) -> None:
+    """And whatever its cells show of a run is told."""
+    script = (root / "server" / "dashboard" / "static" / "runs.js").read_text()
+    columns = re.findall(r"\['[^']+', '(\w+)'\]", script.partition("const COLUMNS = [")[2].partition("];")[0])
+    assert len(columns) >= 13
+    for name in [*columns, "version", "attempts"]:  # the two that docs/extending.md names
+        for sort in (name, f"-{name}"):
+            answer = signed_in.get("/api/runs", params={"sort": sort})
+            assert answer.status_code == 200, f"{sort}: {answer.text}"
+    shown = re.findall(r"\brun\.(\w+)", script.partition("function row(")[2].partition("\n}\n")[0])
+    assert "seed" in shown
+    for row in signed_in.get("/api/runs").json()["runs"]:
+        assert {*columns, *shown, "version", "attempts"} - set(row) == set()
+        assert row["seed"] == 0
 
 
 def test_baselines_are_named_with_their_run(signed_in: TestClient, ids: dict[str, int], runs_folder: Path) -> None:

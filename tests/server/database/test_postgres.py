@@ -21,7 +21,7 @@ from shared.errors import UserError
 from simulations.simulate import run
 from tests.server.database.journals import journals
 from tests.server.database.postgres import server
-from tests.server.database.test_property import check, followed_at_once, told
+from tests.server.database.test_property import check, followed_at_once, listed_by_settings, told
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,10 @@ def test_many_processes_may_open_it_at_once(url: str) -> None:
 
 def test_those_who_follow_at_once_write_nothing_twice(url: str, tmp_path: Path) -> None:
     followed_at_once(url, tmp_path / "run")
+
+
+def test_settings_of_the_job_are_listed_and_sorted_by(url: str, tmp_path: Path) -> None:
+    listed_by_settings(url, tmp_path / "runs")
 
 
 def answers(db: Engine, folder: Path) -> list[object]:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 
-from server.database import read
+from server.database import query, read
+from server.database import schema as t
 from server.database.engine import open_database
 from server.database.write import follow, forget
 from server.record import lost_replies
@@ -86,6 +87,42 @@ def followed_at_once(store: str, folder: Path) -> None:
     check(engines[0], id, folder)
     for db in engines:
         db.dispose()
+
+
+SHOWN = {"seed": "seed", "draw": "data.partition_seed", "rate": "train.learning_rate", "codec": "federation.codec"}
+SHOWN |= {"compiled": "train.compile"}
+
+
+def listed_by_settings(store: str, folder: Path) -> None:
+    """The table of runs shows settings as they are and sorts numbers as numbers; a run that has lost its job.toml,
+    and a setting that an earlier release did not have or kept as something else, break nothing."""
+    jobs = [Job().replace(seed=seed) for seed in (9, 10, 2**31 - 1)]
+    jobs[0] = jobs[0].replace(data__partition_seed=10**12, train__learning_rate=1e-5)
+    jobs[1] = jobs[1].replace(federation__codec="bf16", train__compile=True, train__learning_rate=0.5)
+    db = open_database(store)
+    for number, job in enumerate([*jobs, None]):
+        (folder / str(number)).mkdir(parents=True)
+        if job is not None:
+            (folder / str(number) / "job.toml").write_text(job.toml())
+        Store(folder / str(number), None).add("start", name="of settings", job="", rounds=1, version="")
+        assert follow(db, folder / str(number)) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(query, "SETTINGS", SHOWN)
+
+        def listed(sort: str) -> list[Any]:
+            return [row[sort.strip("-")] for row in read.runs(db, sort=sort, filter={"search": "of settings"})[0]]
+
+        assert listed("seed") == [9, 10, 2**31 - 1, None]
+        assert listed("-seed") == [2**31 - 1, 10, 9, None]
+        assert listed("-draw") == [10**12, 0, 0, None]
+        assert listed("rate") == [1e-5, Job().train.learning_rate, 0.5, None]
+        assert listed("codec") == ["bf16", "none", "none", None]
+        assert listed("-compiled") == [True, False, False, None]
+        with db.execution_options(write=True).begin() as connection:
+            older = update(t.run).where(t.run.c.path.endswith("/2"))
+            connection.execute(older.values(settings={"seed": "a word", "train.compile": None}))
+        assert [row["seed"] for row in read.runs(db, filter={"search": "of settings"})[0]] == [None, "a word", 10, 9]
+    db.dispose()
 
 
 def check_rounds(db: Engine, id: int, rounds: list[Event]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, inspect, text
 
-from server.database import read
+from server.database import query, read
 from server.database.engine import STORE, open_database, without_password
 from server.database.migrate import migrate
 from server.database.mirror import bring_in, open_store, runs_folder
@@ -26,7 +26,7 @@ from shared.errors import UserError
 from shared.tasks import add_sums, load_task
 from simulations.simulate import run
 from tests.conftest import write_site
-from tests.server.database.test_property import followed_at_once
+from tests.server.database.test_property import followed_at_once, listed_by_settings
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,12 @@ def test_a_store_that_is_none_is_said_before_anything_is_trained(
 def test_those_who_follow_at_once_write_nothing_twice(tmp_path: Path) -> None:
     """A run that writes and a dashboard that opens the store at the same moment."""
     followed_at_once(str(tmp_path / STORE), tmp_path / "run")
+
+
+def test_settings_of_the_job_are_listed_and_sorted_by(tmp_path: Path) -> None:
+    assert set(query.SETTINGS.values()) <= set(Job().flat())
+    assert len(set(query.sortable())) == len(query.sortable())  # each is called something else
+    listed_by_settings(str(tmp_path / STORE), tmp_path / "runs")
 
 
 def test_a_password_is_not_written_down() -> None:
