@@ -266,6 +266,13 @@ def test_a_class_that_all_images_have_or_none_has_no_area(with_it: np.ndarray, w
     assert area.n == 0
 
 
+def test_a_curve_begins_at_nothing_where_the_highest_score_is_taken() -> None:
+    top = np.zeros(BINS, int)
+    top[-1] = 1
+    false, true = roc_points(positives=top, negatives=top)
+    assert (false.tolist(), true.tolist()) == ([0, 1], [0, 1])
+
+
 def test_a_curve_goes_from_corner_to_corner_and_has_each_point_once() -> None:
     false, true = roc_points(positives=counts(b9=1), negatives=counts(b2=1, b9=1, b20=2))
     assert list(zip(false.tolist(), true.tolist(), strict=True)) == [(0, 0), (0.5, 0), (0.75, 1), (1, 1)]
