@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -38,7 +39,7 @@ from client.workspace import (
     run_name,
     write_log,
 )
-from shared.config import Job, job_from_flat
+from shared.config import Job, Scalar, job_from_flat
 from shared.corrections import Correction
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
@@ -113,11 +114,17 @@ def decline(message: Message, context: Context, refusal: SiteRefusal) -> Message
 
 def _job(message: Message, context: Context) -> Job:
     """The run's job, or the one whose model is the reference that the run's is measured by."""
-    job = job_from_flat(context.run_config)
+    job = _checked_job(tuple(context.run_config.items()))
     if not message.content["config"].get("reference", False):
         return job
     reference: Job = load_task(job.task).reference(job)
     return reference
+
+
+@lru_cache(maxsize=4)
+def _checked_job(settings: tuple[tuple[str, Scalar], ...]) -> Job:
+    """The settings are those of the run in every message: read and checked at the first."""
+    return job_from_flat(dict(settings))
 
 
 def _round(message: Message) -> int:

@@ -234,12 +234,23 @@ def _check_together(job: Job) -> None:
         raise UserError("evaluation.subgroups: invented images have no patients; leave it out")
     if job.data.val_fraction + job.data.test_fraction >= 1:
         raise UserError("data.val_fraction + data.test_fraction leave nothing to train on; their sum must be below 1")
+    _check_read(job)
     check_pairs(job)
     data = job.data
     check_rules(data.harmonise, data.landmarks, data.channels, data.spacing, job.task, bool(job.modalities))
     _check_privacy(job)
     if job.privacy.secure_aggregation:
         _check_secure(job)
+
+
+def _check_read(job: Job) -> None:
+    """Nobody sets what the job's task would pass over."""
+    flat = job.flat()
+    for key, item in knobs().items():
+        tasks = item.metadata["tasks"]
+        if tasks and job.task not in tasks and flat[key] != item.default:
+            only = ", ".join(tasks)
+            raise UserError(f"{key} = {flat[key]!r}: {job.task} does not read it, only {only}; leave it out")
 
 
 def _check_privacy(job: Job) -> None:

@@ -14,6 +14,11 @@ def knob(
     choices: tuple[str, ...] = (),
     low: float | None = None,
     high: float | None = None,
+    tasks: tuple[str, ...] = (),
 ) -> Any:
-    """A setting of the job: its default, what it means, and which values are allowed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    """A setting of the job: its default, what it means, and which values are allowed.
+
+    ``tasks``: those that read it, where others would pass over it without a word; jobs of these refuse it.
+    """
+    allowed = {"choices": choices, "low": low, "high": high, "tasks": tasks}
+    return field(default=default, metadata={"help": help, **allowed})

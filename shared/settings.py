@@ -47,11 +47,19 @@ class Data:
         "classes: the mask's value is the class, 0 the background; instances: it numbers objects of one class",
         choices=("classes", "instances"),
     )
-    labels: str = knob("", "segmentation: classes of the whole image, learnt beside the mask, comma-separated")
+    labels: str = knob(
+        "",
+        "segmentation: classes of the whole image, learnt beside the mask, comma-separated",
+        tasks=("segmentation",),
+    )
     frames: int = knob(
         0, "sequences: at most so many frames or samples, evenly picked; 0 takes all", low=0, high=100_000
     )
-    normal: str = knob("", "reconstruction: the class trained on, all others are anomalies; '' is the first class")
+    normal: str = knob(
+        "",
+        "reconstruction: the class trained on, all others are anomalies; '' is the first class",
+        tasks=("reconstruction",),
+    )
     modalities: str = knob("", "several images per case: their names, comma-separated, columns path:NAME of the CSV")
     tabular: str = knob("", "numbers beside the image: column names of the CSV, comma-separated")
     missing: str = knob(
@@ -180,7 +188,9 @@ class Evaluation:
         "test figures by group where sites allow it, as 'sex, age=18|65, scanner=Siemens|GE, column=value|value'",
     )
     batch_size: int = knob(128, "images per forward pass", low=1, high=65_536)
-    overlap: float = knob(0.25, "segmentation: share by which sliding windows overlap", low=0.0, high=0.9)
+    overlap: float = knob(
+        0.25, "segmentation: share by which sliding windows overlap", low=0.0, high=0.9, tasks=("segmentation",)
+    )
     samples: int = knob(500, "generation: invented images per evaluation", low=2, high=100_000)
     reference_rounds: int = knob(
         100, "generation: rounds that train the network in whose features images are compared", low=1, high=1_000_000

@@ -25,6 +25,9 @@ LOCALE = locale.setlocale(locale.LC_ALL)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: programs we start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two cores, several processes: more threads only fight
+# Torch's first backward starts a thread for each device that it knows, and what is forked from a process with such a
+# thread cannot train. FakeTensors (torch.export) enter a GPU that is not there; so the first backward comes before any.
+torch.ones(1, requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
 
 def pytest_collection_finish() -> None:

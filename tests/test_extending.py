@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
@@ -111,15 +112,10 @@ def test_the_loss_is_what_it_says_for_one_label_and_for_several_and_refused_wher
 ) -> None:
     """In a copy of the program, because the lines belong into files of it."""
     shutil.copytree(root / "shared", tmp_path / "shared", ignore=shutil.ignore_patterns("__pycache__"))
-    field, line, pair = re.findall(r"```py\n(.*?)```", (root / "docs" / "extending.md").read_text(), re.DOTALL)
+    field, line = re.findall(r"```py\n(.*?)```", (root / "docs" / "extending.md").read_text(), re.DOTALL)
     for name, before, new in (
-        ("settings.py", "    class_weights: str = knob(", f"    {field}"),
+        ("settings.py", "    class_weights: str = knob(", indent(field, "    ")),
         ("tasks/classification/learning.py", "    return (losses * weights).mean()", f"    {line}"),
-        (
-            "pairs.py",
-            "    # ------------------------------------------------------------------ differential",
-            f"    {pair.strip()},\n",
-        ),
     ):
         file = tmp_path / "shared" / name
         assert file.read_text().count(before) == 1, (
@@ -137,7 +133,7 @@ def test_the_loss_is_what_it_says_for_one_label_and_for_several_and_refused_wher
     several = np.mean(-np.log(right) * (1 - right) ** 2 * np.where(truth == 1, weights, 1))
     assert answer["losses"] == pytest.approx([one, several], rel=1e-5)
     assert answer["refused"].startswith(
-        'task = "detection": does not go with train.focal = 2.0: it is of labels; use "cl'
+        "train.focal = 2.0: detection does not read it, only classification, sequence, "
     )
 
 

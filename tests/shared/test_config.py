@@ -102,7 +102,9 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(key: str, value: obje
 
 
 def company(key: str, value: Any) -> dict[str, Any]:
-    """Other settings without which a privacy setting is refused (tests/shared/test_privacy_settings.py)."""
+    """Other settings without which a setting is refused: its task, those of privacy (test_privacy_settings.py)."""
+    if tasks := knobs()[key].metadata["tasks"]:
+        return {"task": tasks[0]}
     if key in ("privacy.epsilon", "privacy.noise_multiplier"):
         both = {"privacy.epsilon": 1.0, "privacy.noise_multiplier": 1.0}
         return {"privacy.dp": "local", "train.class_weights": "none"} | both
@@ -128,7 +130,7 @@ def company(key: str, value: Any) -> dict[str, Any]:
     "key", [key for key, item in knobs().items() if isinstance(item.default, float) and item.metadata["low"] == 0.0]
 )
 def test_a_whole_number_is_taken_where_a_number_is_wanted(key: str) -> None:
-    value = job_from_flat({key: 0}).flat()[key]
+    value = job_from_flat(company(key, 0) | {key: 0}).flat()[key]
     assert value == 0.0
     assert type(value) is float
 
@@ -403,3 +405,15 @@ def test_what_needs_single_replies_is_refused_together_with_secure_aggregation()
     assert "privacy.secure_aggregation" in text
     job_from_flat(noised | {"privacy.dp": "central"})
     job_from_flat(secure | noised | {"privacy.dp": "local"})
+
+
+@pytest.mark.parametrize("key", [key for key, item in knobs().items() if item.metadata["tasks"]])
+def test_what_a_task_would_pass_over_is_refused(key: str) -> None:
+    value, tasks = other(key), knobs()[key].metadata["tasks"]
+    for task in TASKS:
+        asked = {"task": task, key: value}
+        if task not in tasks:
+            assert f"{key} = {value!r}: {task} does not read it, only {', '.join(tasks)}" in refused(asked)
+            assert job_from_flat({"task": task, key: knobs()[key].default})
+        else:
+            assert job_from_flat(asked).flat()[key] == value
