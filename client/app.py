@@ -114,7 +114,7 @@ def decline(message: Message, context: Context, refusal: SiteRefusal) -> Message
 
 def _job(message: Message, context: Context) -> Job:
     """The run's job, or the one whose model is the reference that the run's is measured by."""
-    job = _checked_job(tuple(context.run_config.items()))
+    job = _checked_job(tuple((key, type(value), value) for key, value in context.run_config.items()))
     if not message.content["config"].get("reference", False):
         return job
     reference: Job = load_task(job.task).reference(job)
@@ -122,9 +122,9 @@ def _job(message: Message, context: Context) -> Job:
 
 
 @lru_cache(maxsize=4)
-def _checked_job(settings: tuple[tuple[str, Scalar], ...]) -> Job:
-    """The settings are those of the run in every message: read and checked at the first."""
-    return job_from_flat(dict(settings))
+def _checked_job(settings: tuple[tuple[str, type, Scalar], ...]) -> Job:
+    """The settings of the run are the same in every message: checked at the first. With types, since True == 1."""
+    return job_from_flat({key: value for key, _, value in settings})
 
 
 def _round(message: Message) -> int:

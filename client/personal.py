@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,8 @@ from client.memory import Memory, write_arrays
 from client.workspace import Workspace, measured, own_start, run_name, write_log
 from shared import __version__
 from shared.config import Job
+from shared.errors import SiteRefusal
+from shared.imaging.dataset import Dataset
 from shared.intervals import NOTHING
 from shared.sitefile import OWN_FOLDER
 from shared.tasks import TASKS, load_task
@@ -81,6 +84,7 @@ def own_model(model: nn.Module, job: Job, workspace: Workspace, message: Message
         "model": job.model.name,
         "site": workspace.name,
         "of": digest(common),
+        "data": _cases(workspace.data),
     }
     path = personal_file(workspace.home, run_name(context))
     if _read(model, path, facts):
@@ -89,6 +93,12 @@ def own_model(model: nn.Module, job: Job, workspace: Workspace, message: Message
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{REFERENCE}.")}
     write_arrays(path, {name: _at_home(value) for name, value in state.items()}, facts)
     write_log(workspace.home, f"this site's own model of round {facts['round']} lies in {path}; it does not leave")
+
+
+def _cases(data: Dataset) -> str:
+    """SHA-256 of which cases there are and what is learnt from them: a patient may be taken out while a run pauses."""
+    lines = (repr((one.id, one.split, one.target, one.mask, one.boxes)) for one in data.samples)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _read(model: nn.Module, path: Path, facts: dict[str, str]) -> bool:
@@ -117,25 +127,30 @@ def _make(model: nn.Module, job: Job, workspace: Workspace, message: Message, co
 
 
 def _finetune(model: nn.Module, job: Job, workspace: Workspace, message: Message) -> None:
-    """Go on from the common model on the site's own images, with a fresh optimiser; where that is not shown to be
-    better on the site's own validation images, take back the common one."""
+    """Go on from the common model on the site's own images, with a fresh optimiser; where that is not better on the
+    site's own validation images, or leads nowhere, take back the common one."""
     asked = job.federation
     before = {name: _at_home(value) for name, value in model.state_dict().items()}
     common = _validated(model, job, workspace, message)
     begin = asked.rounds * job.local_steps(workspace.told["train"].images)
     rate = job.train.learning_rate * asked.finetune_rate
-    train(
-        model,
-        load_task(job.task),
-        workspace.data.subset("train"),
-        job.replace(train__learning_rate=rate, train__warmup=0.0),
-        site=workspace.name,
-        first_step=begin,
-        steps=asked.finetune_steps,
-        class_weights=list(message.content["config"]["class-weights"]),  # type: ignore[arg-type]
-        total=asked.finetune_steps,
-        begin=begin,
-    )
+    try:
+        train(
+            model,
+            load_task(job.task),
+            workspace.data.subset("train"),
+            job.replace(train__learning_rate=rate, train__warmup=0.0),
+            site=workspace.name,
+            first_step=begin,
+            steps=asked.finetune_steps,
+            class_weights=list(message.content["config"]["class-weights"]),  # type: ignore[arg-type]
+            total=asked.finetune_steps,
+            begin=begin,
+        )
+    except SiteRefusal as refusal:
+        write_log(workspace.home, f"not fine-tuned, the common model stays: {refusal}")
+        model.load_state_dict(before)
+        return
     own = _validated(model, job, workspace, message)
     better = own > common  # without a figure, too, the common model stays: one class alone is soon overlearnt
     told = f"{job.best_metric} on this site's validation images {abs(own):.3f}, of the common model {abs(common):.3f}"

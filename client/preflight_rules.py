@@ -19,7 +19,7 @@ from client.preflight import Finding, attention, ok, spoken, stop
 from shared.config import Job, read_toml
 from shared.errors import CODES, SiteRefusal
 from shared.subgroups import parse_subgroups
-from shared.tasks import TASKS
+from shared.tasks import TASKS, load_task
 
 FEW = 10  # training images of a class: below, its few images alone decide what is learnt of it here
 
@@ -194,15 +194,18 @@ def _way_out(code: str, job: Job, policy: Policy) -> str:
 
 
 def _rules(report: Report, job: Job, policy: Policy) -> Iterator[Finding]:
-    try:
-        require(policy, job, report.patients)
-    except SiteRefusal as refusal:
-        yield stop(
-            "this job under your rules",
-            f"would be declined ({refusal.code}: {CODES[refusal.code]}): {refusal}",
-            _way_out(refusal.code, job, policy),
-        )
-        return
+    task = load_task(job.task)
+    # The network that a generator is measured by is trained first, by a job of its own.
+    for asked in (job, *([task.reference(job)] if hasattr(task, "reference") else [])):
+        try:
+            require(policy, asked, report.patients)
+        except SiteRefusal as refusal:
+            yield stop(
+                "this job under your rules",
+                f"would be declined ({refusal.code}: {CODES[refusal.code]}): {refusal}",
+                _way_out(refusal.code, asked, policy),
+            )
+            return
     if policy.max_epsilon and not policy.require_dp:
         yield attention(
             "privacy budget",

@@ -68,14 +68,16 @@ def evaluate_personal(run: Run, arrays: Arrays, number: int) -> None:
     weights = [float(weight) for weight in run.class_weights]
     able = [place for place in run.places if place.images["train"]]
     facts: dict[str, Any] = {}
+    lost: dict[str, dict[str, str]] = {}  # by site; of two reasons the later
     for split in ("val", "test"):
         asked = [place for place in able if place.images[split] or split == "test"]  # all make and save theirs
         content = _content(run, arrays, number, split, **{"class-weights": weights})
         sums, dropped = _ask(run, "evaluate.personal", content, asked, number, split)
         total = add_sums([run.template, *sums.values()])
-        found = {"metrics": rows(run.task.summarise(total, run.job)), "dropped": dropped} | _of_sites(run, total, sums)
+        lost |= {item["site"]: item for item in dropped}
+        found = {"metrics": rows(run.task.summarise(total, run.job))} | _of_sites(run, total, sums)
         facts |= {"validation": found} if split == "val" else found | {"sums": sums}
-    run.store.add("personal", round=number, **facts)
+    run.store.add("personal", round=number, dropped=list(lost.values()), **facts)
 
 
 def _able(run: Run, split: str) -> list[Place]:

@@ -43,9 +43,9 @@ def run_scores(folder: Path) -> Scores:
     scores |= _best(events) | _subgroups(events)
     scores["rounds"] = len(rounds)
     scores["gradient_steps"] = sum(item["steps"] for event in rounds for item in event["trained"])
+    scores["images_seen"] = sum(item["images"] for event in rounds for item in told(event))
     if own := [event for event in events if event["event"] == "personal"]:
         scores["personal"] = _personal(own[-1], scores, load_job(folder / "job.toml"))
-    scores["images_seen"] = sum(item["images"] for event in rounds for item in told(event))
     scores["seconds"] = round(events[-1]["time"] - events[0]["time"], 1) if events else 0.0
     parts = [split_time(event.get("seconds"), event["trained"]) for event in rounds]
     scores["time"] = {name: None if value is None else round(value, 3) for name, value in total_time(parts).items()}
@@ -111,6 +111,7 @@ def _personal(event: Event, scores: Scores, job: Job) -> Scores:
         "best_round": event["round"],
         "rounds": scores["rounds"],
         "gradient_steps": scores["gradient_steps"] + more,
+        "images_seen": scores["images_seen"] + more * job.train.batch_size,  # sites do not tell of these steps
     }
 
 

@@ -175,10 +175,11 @@ def _sites(scores: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 def _budget(scores: Mapping[str, Any], events: list[Event]) -> dict[str, Any]:
     rounds = [event for event in events if event["event"] == "round"]
+    trained = scores.get("personal") or scores  # each site's own model takes further steps
     sent = sum(sum(pair) for event in rounds for pair in event.get("bytes", {}).values())
     return {
-        "steps": int(scores["gradient_steps"]),
-        "examples": int(scores["images_seen"]),
+        "steps": int(trained["gradient_steps"]),
+        "examples": int(trained["images_seen"]),
         "rounds": int(scores["rounds"]),
         "bytes": int(sent),
     }

@@ -35,7 +35,8 @@ SEEDS_NOTE = (
 PERSONAL_NOTE = (
     "Methods that leave each hospital a model of its own (FedBN, Ditto, fine-tuning) are judged by these, each on its "
     "hospital’s validation and test images. One AUROC over all hospitals mixes scores of different models, which have "
-    "no common order: look at the hospitals."
+    "no common order: look at the hospitals. A fine-tuned model is kept where it is better by validation, so by "
+    "that it never loses to its common model: whether it gained, the test images tell."
 )
 BUDGET_NOTE = (
     "Means over the seeds, over all sites together; bytes are the models sent both ways, for training and for the "

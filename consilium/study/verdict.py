@@ -151,7 +151,7 @@ def _head(found: Found, setting: str, best: str, how: str, metric: str, sign: in
         if sign > 0 and pooled.mean > 0:
             text += f", of which it reaches {own.mean / pooled.mean:.1%}"
     if any(row.personal for row in rows.values()):
-        mean = spread([row.mean for row in rows.values()])
+        mean = spread([math.fsum(row.personal.values()) / len(row.personal) for row in rows.values() if row.personal])
         text += f"; each hospital’s own model on its own images, in the mean {with_sd(mean, metric)}"
     worst = spread([row.worst for row in rows.values()])
     if worst.n:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import client.personal
 import shared.training
 from consilium.study.collect import _best_own
 from server.results import run_scores
@@ -17,6 +18,7 @@ from server.rounds import Run
 from server.store import read_events
 from shared.cases import SiteData
 from shared.config import Job
+from shared.errors import SiteRefusal
 from shared.imaging.dataset import load_dataset
 from shared.samples import read_samples
 from shared.tasks import load_task
@@ -31,10 +33,10 @@ def pool() -> Iterator[WorkerPool]:
         yield pool
 
 
-def play(pool: WorkerPool, job: Job, sites: Path, out: Path) -> Path:
+def play(pool: WorkerPool, job: Job, sites: Path, out: Path, resume: bool = False) -> Path:
     """Run the job in ``out``."""
     nodes = [node_of(out / "sites", file) for file in sorted(sites.glob("*/site.toml"))]
-    Run(LocalGrid(pool, nodes, job.flat()), job, out, store=None).run()
+    Run(LocalGrid(pool, nodes, job.flat()), job, out, resume=resume, store=None).run()
     return out
 
 
@@ -126,3 +128,46 @@ def test_a_site_whose_validation_images_cannot_tell_keeps_the_common_model(
     common = load_file(out / "model.safetensors")
     assert all(torch.equal(own(out, "a")[name], value) for name, value in common.items())
     assert "auroc on this site's validation images nan" in log(out, "a")
+
+
+def test_a_hospital_whose_own_training_leads_nowhere_keeps_the_common_model(
+    three_sites: Path, tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job.replace(federation__finetune_steps=2)
+    monkeypatch.setattr(client.personal, "train", diverges)
+    with WorkerPool("client.app:app", 1) as here:
+        out = play(here, job, three_sites, tmp_path / "run")
+    common = load_file(out / "model.safetensors")
+    for site in "abc":
+        assert all(torch.equal(own(out, site)[name], value) for name, value in common.items())
+        assert "not fine-tuned, the common model stays: the training loss is inf" in log(out, site)
+    assert set(run_scores(out)["personal"]["sites"]) == set("abc")
+
+
+def diverges(model: torch.nn.Module, *_: object, **__: object) -> None:
+    """What ``train`` does where the loss is no longer finite: the model is spoilt by then."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(math.inf)
+    raise SiteRefusal("diverged", "the training loss is inf; lower train.learning_rate")
+
+
+def test_a_saved_model_is_used_again_only_for_the_same_common_model_and_the_same_cases(
+    pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
+) -> None:
+    """A run that goes on after its end: the same model is not made twice; once a patient was taken out, it is."""
+    job = tiny_job.replace(federation__finetune_steps=4, federation__finetune_rate=1.0, train__learning_rate=1e-4)
+    out = play(pool, job, three_sites, tmp_path / "run")
+    assert [log(out, site).count("own model of round") for site in "abc"] == [1, 1, 1]
+    play(pool, job, three_sites, out, resume=True)
+    assert [log(out, site).count("own model of round") for site in "abc"] == [1, 1, 1]
+    table = three_sites / "b" / "labels.csv"
+    rows = table.read_text().splitlines()
+    taken = next(row for row in rows if row.endswith(",train"))
+    table.write_text("\n".join(row for row in rows if row != taken) + "\n")
+    play(pool, job, three_sites, out, resume=True)
+    assert [log(out, site).count("own model of round") for site in "abc"] == [1, 2, 1]
+    (file,) = (out / "sites" / "c" / ".consilium" / "personal").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-40])
+    play(pool, job, three_sites, out, resume=True)
+    assert [log(out, site).count("own model of round") for site in "abc"] == [1, 2, 2]
