@@ -473,6 +473,21 @@ def test_a_site_is_told_what_can_be_done_about_a_figure_it_forbids(tmp_path: Pat
     assert finding.todo.startswith("ask the coordinator whether a job without it will do")
 
 
+def test_of_a_generator_the_network_that_measures_it_is_asked_for_too(tmp_path: Path) -> None:
+    """It is trained first, by a job of its own, which the site would decline."""
+    job = job_from_flat({"task": "generation", "model.name": "dcgan"})
+    file = write_site(tmp_path / "a", "a", 80)
+    kept, own = file.read_text(), ", ".join(TASKS["generation"].computed(job))
+    file.write_text(f'{kept}[privacy]\nmetrics = "{own}"\n')
+    (finding,) = _rules(Report("a", patients=20), job, read_policy(file))
+    assert finding.level is STOP
+    assert finding.todo.startswith(
+        "every classification job computes accuracy, auroc, balanced_accuracy, loss: name it"
+    )
+    file.write_text(f'{kept}[privacy]\nmetrics = "{own}, accuracy, auroc, balanced_accuracy, loss"\n')
+    assert all(finding.level is not STOP for finding in _rules(Report("a", patients=20), job, read_policy(file)))
+
+
 def test_all_stands_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"""privacy\.metrics = 'all, auroc': must be either "all" alone, or names"""):
         read_policy(rules(tmp_path, '[privacy]\nmetrics = "all, auroc"\n'))
