@@ -40,9 +40,9 @@ PERSONAL_NOTE = (
 )
 BUDGET_NOTE = (
     "Means over the seeds, over all sites together; bytes are the models sent both ways, for training and for the "
-    "validations between. Pooled and single-site models (each) take the same gradient steps, batch size, tuning and "
-    "augmentation. Rounds and bytes to target: until the validation figure first reached {target}. A dash: there is "
-    "nothing to count."
+    "validations between. Pooled and single-site models (each) take as many gradient steps as the common model, with "
+    "the same batch size, tuning and augmentation; models that hospitals have of their own took what is shown beyond. "
+    "Rounds and bytes to target: until the validation figure first reached {target}. A dash: there is nothing to count."
 )
 FRONT_NOTE = (
     "Not beaten: no other method is as good in metric, bytes and epsilon and better in one of them; a dash: one is, or "
