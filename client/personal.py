@@ -97,8 +97,7 @@ def own_model(model: nn.Module, job: Job, workspace: Workspace, message: Message
 
 def _cases(data: Dataset) -> str:
     """SHA-256 of which cases there are and what is learnt from them: a patient may be taken out while a run pauses."""
-    lines = (repr((one.id, one.split, one.target, one.mask, one.boxes)) for one in data.samples)
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256("\n".join(map(repr, data.samples)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _read(model: nn.Module, path: Path, facts: dict[str, str]) -> bool:
@@ -154,6 +153,8 @@ def _finetune(model: nn.Module, job: Job, workspace: Workspace, message: Message
     own = _validated(model, job, workspace, message)
     better = own > common  # without a figure, too, the common model stays: one class alone is soon overlearnt
     told = f"{job.best_metric} on this site's validation images {abs(own):.3f}, of the common model {abs(common):.3f}"
+    if math.isnan(own) or math.isnan(common):
+        told = f"this site's validation images give no {job.best_metric} (none, or of one class alone)"
     write_log(workspace.home, f"fine-tuned: {told}: {'kept' if better else 'the common model stays'}")
     if not better:
         model.load_state_dict(before)
