@@ -28,7 +28,7 @@ from shared.config import Job, job_from_flat
 from shared.devices import autocast
 from shared.imaging.dataset import Dataset
 from shared.tasks import load_task
-from shared.training import make_optimizer, memory_format, pick_device, set_mode, train
+from shared.training import make_optimizer, pick_device, put_on, set_mode, train
 
 RUNS = 5
 ROWS: dict[str, dict[str, Any]] = {
@@ -108,7 +108,7 @@ def product(which: Case, model: nn.Module, steps: int) -> None:
 def by_hand(which: Case, model: nn.Module, steps: int) -> None:
     """The loop as anyone would write it: batches in turn, made when they are needed."""
     job, device = which.job, which.device
-    model.to(device).to(memory_format=memory_format(model))
+    put_on(model, device)
     optimizer = make_optimizer(model, job, which.task.parts(job))
     set_mode(model, job)
     weights, size = [1.0] * len(job.classes), job.train.batch_size

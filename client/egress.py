@@ -20,7 +20,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from client import egress_log
+from client import egress_log, lazy
 from client.counts import survey_counts
 from client.egress_base import DTYPES, Asked, Check, Refused, opened
 from client.egress_beside import byte_list, byte_strings, control, masked
@@ -34,7 +34,7 @@ from shared.errors import CODES
 from shared.norms import is_private
 from shared.sitefile import SITE_NAME
 from shared.tasks import load_task
-from shared.weights import exchanged_names
+from shared.weights import names_in
 
 
 def release(
@@ -129,7 +129,7 @@ def checked_update(
     model, job = open_model(asked.job), asked.job
     state: dict[str, Tensor] = model.state_dict()
     statistics = _statistics_of(model) if is_private(job) else set()
-    names = exchanged_names(model, job)
+    names = names_in(state, model, job)
     if list(arrays) != names:
         raise Refused("the arrays have other names than this model's")
     limit, squares = asked.workspace.policy.max_update_norm, 0.0
@@ -167,7 +167,7 @@ def _update(record: Any, asked: Asked) -> ArrayRecord:
         except ValueError as problem:
             raise Refused(f"the coded change: {problem}") from None
     checked_update(arrays, {name: array.numpy() for name, array in incoming.items()}, asked)
-    return ArrayRecord({name: array for name, (_, array) in found.items()})
+    return lazy.record({name: array for name, (_, array) in found.items()})
 
 
 def _training_figures(record: Any, asked: Asked) -> MetricRecord:

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,12 +177,14 @@ def _read_head(folder: Path) -> Head | None:
 
 
 def _write_head(folder: Path, head: Head) -> None:
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{HEAD}.")
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(json.dumps(head._asdict()) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut could leave an empty note, and nothing would leave any more
-    os.replace(name, folder / HEAD)
+    name = f"{folder}/.{HEAD}.writing"  # one for all: who writes it has the log to himself
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(handle, json.dumps(head._asdict()).encode("ascii") + b"\n")
+        os.fsync(handle)  # else a power cut could leave an empty note, and nothing would leave any more
+    finally:
+        os.close(handle)
+    os.replace(name, f"{folder}/{HEAD}")
 
 
 def verify(home: Path) -> Verdict:

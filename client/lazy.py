@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol
@@ -67,8 +68,14 @@ class Kept:
 def array_of(numbers: Numbers) -> Array:
     """An array of these numbers, which are not copied."""
     array = object.__new__(Array)
-    array.__dict__.update(dtype=str(numbers.dtype), shape=tuple(numbers.shape), stype=SType.NUMPY, _numbers=numbers)
+    array.__dict__.update(dtype=_name(numbers.dtype), shape=tuple(numbers.shape), stype=SType.NUMPY, _numbers=numbers)
     return array
+
+
+@lru_cache(maxsize=64)
+def _name(dtype: np.dtype[Any]) -> str:
+    """NumPy works the name out anew each time, which for small arrays takes longer than all else."""
+    return str(dtype)
 
 
 def numbers_of(array: Array) -> Numbers | None:
@@ -85,6 +92,14 @@ def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     for name, tensor in tensors.items():
         record[name] = array_of(Kept(np.array(tensor.numpy(), order="C", copy=None)))
     return record
+
+
+def record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """A record of just these arrays; ``ArrayRecord(arrays)`` would make each of them anew."""
+    made = ArrayRecord()
+    for name, array in arrays.items():
+        made[name] = array
+    return made
 
 
 @lru_cache(maxsize=4096)
@@ -193,6 +208,6 @@ def _count_bytes(self: ArrayRecord) -> int:
         if numbers is None:
             total += len(array.data) + len(name)
         else:
-            size = int(np.prod(numbers.shape, dtype=np.int64)) * numbers.dtype.itemsize
+            size = math.prod(numbers.shape) * numbers.dtype.itemsize
             total += len(header(numbers.dtype.str, tuple(numbers.shape))) + size + len(name)
     return total

@@ -25,7 +25,7 @@ from shared.config import Job
 from shared.imaging.dataset import Dataset
 from shared.intervals import Estimate, area_under_roc, mean_dependent, proportion
 from shared.norms import is_private
-from shared.training import memory_format, train
+from shared.training import train
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -147,7 +147,6 @@ def train_on(
     """
     half = some(data, rows)
     model: nn.Module = task.build_model(job).to(device)
-    model.to(memory_format=memory_format(model))
     weights = task.class_weights(task.count_classes(half, job), job)
     steps = job.federation.rounds * job.local_steps(len(half))
     if is_private(job):

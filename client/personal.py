@@ -42,9 +42,11 @@ def put_home(model: nn.Module, job: Job, memory: Memory, before: int) -> None:
 
 def take_home(model: nn.Module, job: Job) -> dict[str, Arrays]:
     """What of the model stays at the site, as it is now, for its memory."""
+    names = home_names(model, job)
+    if not names:
+        return {}
     state = model.state_dict()
-    home = {name: _at_home(state[name]) for name in home_names(model, job)}
-    return {"home": home} if home else {}
+    return {"home": {name: _at_home(state[name]) for name in names}}
 
 
 def _at_home(value: Tensor) -> Tensor:

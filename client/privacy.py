@@ -24,6 +24,7 @@ from client.gradients import Unit, unit_gradients
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.corrections import Correction
+from shared.devices import seed_generators
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.noise import cryptographic_normal, secret_generator
@@ -33,9 +34,9 @@ from shared.training import (
     Trained,
     learning_rate,
     make_optimizer,
-    memory_format,
     pick_device,
     put_moments,
+    put_on,
     set_mode,
     take_moments,
 )
@@ -112,9 +113,9 @@ def train_privately(
         raise SiteRefusal("no-training-images", "no image of this site is in the training split")
     device = pick_device(job)
     without_batch_norm(model, job)
-    model.to(device).to(memory_format=memory_format(model))
+    put_on(model, device)
     expected = job.privacy.sampling_rate * (declared or len(everyone))
-    torch.manual_seed(derived_seed(job.seed, site, first_step))  # of augmentation, which need not be secret
+    seed_generators(derived_seed(job.seed, site, first_step), device)  # of augmentation, which need not be secret
     coins = secret_generator()
     total, seen = job.federation.rounds * job.train.local_steps, 0
     with unit_gradients(model, task, data, job, class_weights, _hooks_wanted(job, correction)) as gradients:
@@ -134,7 +135,8 @@ def train_privately(
                 else:
                     sums[place] += player.plain_step(task, task.blank(job.train.batch_size, job, device), class_weights)
             seen += sum(map(len, chosen))
-        kept = {f"{k}/{name}": m for k, player in enumerate(players) for name, m in take_moments(player.base).items()}
+        keepers = players if job.train.keep_optimizer else ()
+        kept = {f"{k}/{name}": m for k, player in enumerate(keepers) for name, m in take_moments(player.base).items()}
     if not all(map(math.isfinite, sums)):
         raise SiteRefusal("diverged", f"the training loss is {sum(sums)}; lower train.learning_rate")
     return Trained(steps, seen, tuple(sums), kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -11,7 +12,6 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
-from flwr.superlink.grid import http_grid
 
 from shared.packing import pack, unpack
 
@@ -80,7 +80,8 @@ def push(grid: Grid, messages: Sequence[Message]) -> list[str]:
     """Send messages; gives the name of each by which its reply is asked for, "" for one that could not be sent."""
     if not messages:
         return []
-    if between_machines := isinstance(grid, http_grid.HttpGrid):
+    http_grid = sys.modules.get("flwr.superlink.grid.http_grid")  # half a second to import, and few runs need it
+    if between_machines := http_grid is not None and isinstance(grid, http_grid.HttpGrid):
         http_grid.pull_objects = _soon  # type: ignore[attr-defined,assignment]
     names = list(grid.push_messages(_packed(messages) if between_machines else messages))
     return [*names, *[""] * (len(messages) - len(names))]

@@ -15,6 +15,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,7 +99,7 @@ class Job:
                 flat[item.name] = value
         return flat
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the resolved job: equal for two files that ask for the same work."""
         return hashlib.sha256(json.dumps(self.flat(), sort_keys=True).encode()).hexdigest()

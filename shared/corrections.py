@@ -34,7 +34,7 @@ class Correction:
     ) -> None:
         """``gather``: keep the mean of the gradients as they were without the term."""
         self.pull, self.gather = pull, gather
-        found = {parameter: name for name, parameter in model.named_parameters() if name in start}
+        found = {parameter: name for name, parameter in model.named_parameters() if name in start} if start else {}
         self.names = found
         self.start = {parameter: start[name] for parameter, name in found.items()}
         self.shift = {parameter: shift[name] for parameter, name in found.items()} if shift is not None else {}

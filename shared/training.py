@@ -8,7 +8,7 @@ uninterrupted one, and a site that sat out a round simply goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from shared.cases import derived_seed
 from shared.config import Job
 from shared.corrections import Correction
-from shared.devices import ahead, autocast, compiled, cut, fused, tuned
+from shared.devices import ahead, autocast, compiled, cut, fused, seed_generators, tuned
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
 from shared.tasks import Part
@@ -28,7 +28,8 @@ from shared.tasks import Part
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stretch of training did: steps, images seen, the optimiser's moments, and the sums of the images' losses.
+    """What a stretch of training did: steps, images seen, the optimiser's moments (none where the job does not keep
+    them), and the sums of the images' losses.
 
     ``losses`` holds a sum for each part of the model, ``loss`` is all of them together.
     """
@@ -132,10 +133,22 @@ def put_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def memory_format(model: nn.Module) -> torch.memory_format:
+def memory_format(parameters: Iterable[Tensor]) -> torch.memory_format:
     """Channels last: a fifth faster on CPUs, more on GPUs."""
-    volumes = any(parameter.ndim == 5 for parameter in model.parameters())
+    volumes = any(parameter.ndim == 5 for parameter in parameters)
     return torch.channels_last_3d if volumes else torch.channels_last
+
+
+def put_on(model: nn.Module, device: torch.device) -> None:
+    """Put the model on the device, laid out as ``memory_format`` says; where it is so already this is but a look."""
+    parameters = list(model.parameters())
+    layout = memory_format(parameters)
+    dimensions = 5 if layout is torch.channels_last_3d else 4
+    if not all(
+        held.device == device and (held.ndim != dimensions or held.is_contiguous(memory_format=layout))
+        for held in parameters
+    ):
+        model.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def set_mode(model: nn.Module, job: Job) -> None:
@@ -188,14 +201,14 @@ def train(
         SiteRefusal: there is nothing to train on, or the loss is no longer finite.
     """
     device, correction = pick_device(job), correction or Correction(model, {})
-    model.to(device, memory_format=memory_format(model))  # type: ignore[call-overload]
+    put_on(model, device)
     parts = task.parts(job)
     optimizer = make_optimizer(model, job, parts)
     if moments is not None:
         put_moments(optimizer, moments)
     total = total or job.federation.rounds * job.local_steps(len(data))
     seed = derived_seed(job.seed, site)
-    torch.manual_seed(derived_seed(seed, first_step))
+    seed_generators(derived_seed(seed, first_step), device)
     set_mode(model, job)
     _require_enough(model, len(data), job)
     sums = torch.zeros(len(parts), device=device)
@@ -229,4 +242,4 @@ def train(
     losses = tuple(sums.tolist())
     if not math.isfinite(sum(losses)):
         raise SiteRefusal("diverged", f"the training loss is {sum(losses)}; lower train.learning_rate")
-    return Trained(steps, seen, losses, take_moments(optimizer))
+    return Trained(steps, seen, losses, take_moments(optimizer) if job.train.keep_optimizer else {})

@@ -28,7 +28,12 @@ def exchanged_names(model: nn.Module, job: Job) -> list[str]:
     Raises:
         UserError: the job leaves normalisation layers at home and the model has none, or nothing is left to travel.
     """
-    names = [name for name in model.state_dict() if not name.startswith(f"{REFERENCE}.")]
+    return names_in(model.state_dict(), model, job)
+
+
+def names_in(state: Mapping[str, Tensor], model: nn.Module, job: Job) -> list[str]:
+    """``exchanged_names`` for who has the model's ``state`` at hand: gathering it is most of the work."""
+    names = [name for name in state if not name.startswith(f"{REFERENCE}.")]
     if job.model.freeze == "backbone":
         prefix = load_task(job.task).head_prefix(job)
         names = [name for name in names if name.startswith(prefix)]
@@ -105,7 +110,7 @@ def exchanged(model: nn.Module, job: Job) -> dict[str, Tensor]:
     state = model.state_dict()
     return {
         name: state[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name in exchanged_names(model, job)
+        for name in names_in(state, model, job)
     }
 
 
@@ -117,7 +122,7 @@ def put(model: nn.Module, arrays: Mapping[str, Tensor], job: Job) -> None:
         ValueError: names or shapes are not exactly those this model exchanges.
     """
     state = model.state_dict()
-    names = exchanged_names(model, job)
+    names = names_in(state, model, job)
     if set(arrays) != set(names):
         raise ValueError("the exchanged names differ from this model's")
     for name in names:
@@ -143,10 +148,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def frozen_digest(model: nn.Module, job: Job) -> str:
     """Digest of what is frozen, which must be the same at every site; '' if all is trained, wherever it stays."""
-    travels = {*exchanged_names(model, job), *home_names(model, job)}
+    state = model.state_dict()
+    travels = {*names_in(state, model, job), *home_names(model, job)}
     stays = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name not in travels and not name.startswith(f"{REFERENCE}.")
+        name: tensor for name, tensor in state.items() if name not in travels and not name.startswith(f"{REFERENCE}.")
     }
     return digest(stays) if stays else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import mmap
 import os
 import pickle
@@ -161,7 +162,7 @@ class Stored:
         """The numbers, to be written to by the caller alone."""
         if not self._given:
             self._given = True
-            flat = np.frombuffer(self._source.mapped, self.dtype, int(np.prod(self.shape)), self._offset)
+            flat = np.frombuffer(self._source.mapped, self.dtype, math.prod(self.shape), self._offset)
             return flat.reshape(self.shape)
         values = np.empty(self.shape, self.dtype)
         left, place = values.reshape(-1).view(np.uint8).data, self._offset

@@ -21,10 +21,21 @@ import shared.tasks.classification as classification
 import shared.tasks.segmentation as segmentation
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
-from shared.devices import _ahead, ahead, autocast, compiled, cut, fused, has_bfloat16, to_device, tuned
+from shared.devices import (
+    _ahead,
+    ahead,
+    autocast,
+    compiled,
+    cut,
+    fused,
+    has_bfloat16,
+    seed_generators,
+    to_device,
+    tuned,
+)
 from shared.errors import SiteRefusal, UserError
 from shared.imaging.dataset import Dataset
-from shared.training import train
+from shared.training import put_on, train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RUN: dict[str, Any] = {"site": "a", "first_step": 0, "steps": 3, "class_weights": [1.0, 1.0]}
@@ -265,3 +276,39 @@ assert gpu._private_row("U-Net 512²", True, 0.0).startswith("not measured")
 @pytest.mark.slow
 def test_the_script_for_a_gpu_needs_torch_and_the_shared_folder_alone(root: Path) -> None:
     subprocess.run([sys.executable, "-c", ALONE], check=True, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+# ---------------------------------------------------------------------- seeds and places
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_the_same_random_numbers_come_as_after_torchs_own_seed(seed: int) -> None:
+    seed_generators(seed, CPU)
+    found = torch.rand(3), torch.randn(3), torch.randperm(5)
+    torch.manual_seed(seed)
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, (torch.rand(3), torch.randn(3), torch.randperm(5)), strict=True)
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU does torch put its seed off")
+def test_training_leaves_no_seed_behind_for_a_device_that_is_not_there() -> None:
+    before = len(torch.cuda._queued_calls)
+    for _ in range(3):
+        trained(job_of())
+    assert len(torch.cuda._queued_calls) == before
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_a_model_in_its_place_is_not_moved_again_and_another_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classification.build_model(job_of(model__name=name))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    put_on(model, CPU)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    moved: list[Any] = []
+    monkeypatch.setattr(model, "to", lambda *args, **more: moved.append(args))
+    put_on(model, CPU)
+    assert not moved
+    put_on(model, torch.device("meta"))
+    assert moved

@@ -224,6 +224,12 @@ def test_the_moments_handed_in_stay_as_they_were() -> None:
     assert all(torch.equal(moments[name], value) for name, value in kept.items())
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_moments_are_copied_out_only_where_the_job_keeps_them(keep: bool) -> None:
+    job = job_of(train__keep_optimizer=keep)
+    assert bool(train(build_model(job), task, data_of(job), job, **ONE_STEP).moments) is keep
+
+
 def test_training_learns_what_can_be_learnt() -> None:
     job = job_of(train__learning_rate=0.01, train__batch_size=8, train__local_steps=20)
     images = np.random.default_rng(1).integers(0, 20000, (16, 1, 16, 16), dtype=np.uint16)
