@@ -82,7 +82,7 @@ def push(grid: Grid, messages: Sequence[Message]) -> list[str]:
         return []
     http_grid = sys.modules.get("flwr.superlink.grid.http_grid")  # half a second to import, and few runs need it
     if between_machines := http_grid is not None and isinstance(grid, http_grid.HttpGrid):
-        http_grid.pull_objects = _soon  # type: ignore[attr-defined,assignment]
+        http_grid.pull_objects = _soon  # type: ignore[attr-defined]
     names = list(grid.push_messages(_packed(messages) if between_machines else messages))
     return [*names, *[""] * (len(messages) - len(names))]
 
