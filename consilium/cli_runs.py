@@ -31,6 +31,7 @@ def runs_list(folder: Path | None, store: str, sort: str, search: str, limit: in
     """List the runs in FOLDER: that of the run folders, a run folder, or that of a federation.  [default: runs; with
     --store, what the store holds]"""
     from server.database.engine import open_database
+    from server.database.going import states
     from server.database.mirror import bring_in, open_store
     from server.database.read import runs as listed
 
@@ -44,7 +45,7 @@ def runs_list(folder: Path | None, store: str, sort: str, search: str, limit: in
         except UserError as error:
             click.echo(f"consilium: {error}; what was in it before:", err=True)
     kinds = ["federated", *(["pooled", "local", "reference"] if everything else [])]
-    rows, total = listed(db, limit=limit, sort=sort, filter={"kind": kinds, "search": search})
+    rows, total = listed(db, limit=limit, sort=sort, filter={"kind": kinds, "search": search}, states=states(db))
     for row in rows:
         best = (
             ""

@@ -6,6 +6,7 @@ What happened is also put into the database of ``server.database``, from which i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from server.database.journal import parsed
 from shared.errors import UserError
@@ -116,6 +117,7 @@ class Store:
         if log.exists() and (text := log.read_bytes()) and not text.endswith(b"\n"):
             with log.open("ab") as file:  # an earlier attempt broke off in the middle of a line
                 file.write(b"\n")
+        self._held: IO[bytes] | None = None  # the journal, from the run's beginning to its end: see ``broke_off``
         self.mirror: Mirror | None = None
         if store is not None:
             from server.database.mirror import Mirror  # not at the top: a worker that reads an event needs no database
@@ -128,7 +130,11 @@ class Store:
         Raises:
             OSError: the journal cannot be written.
         """
+        if kind == "start":
+            self._held = _locked(self.folder)
         self._append(kind, facts)
+        if kind in ("finish", "failed") and self._held is not None:
+            self._held.close()
         problem = self.mirror.update(now=kind in ("start", "finish", "failed")) if self.mirror is not None else ""
         if problem:
             self._append("warning", {"text": problem})
@@ -143,6 +149,30 @@ class Store:
             os.fsync(file.fileno())
         for listener in _listeners.get():
             listener(event)
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """The journal, locked while it is open; None on a disk without locks, or where another program is at the run."""
+    file = (folder / "rounds.jsonl").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def broke_off(folder: Path) -> bool:
+    """Whether no program is at a run whose journal has no end: it was killed, or the machine went down.
+
+    The kernel lets a program's locks go with it. False where that cannot be told.
+    """
+    try:
+        with (folder / "rounds.jsonl").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def read_events(folder: Path) -> list[Event]:

@@ -14,6 +14,7 @@ from server.dashboard import models, views
 from server.dashboard.federation import FederationView
 from server.dashboard.live import Watcher
 from server.database import read
+from server.database.going import run_folder, state, states
 from server.database.query import sortable
 from server.record import reason_words
 from server.releases import against_release
@@ -72,10 +73,11 @@ def runs(
     task: Annotated[str, Query(max_length=32, pattern=r"^[a-z-]*$")] = "",
 ) -> Response:
     """A page of the table of runs, how many match, how each one's metric is called, and of a federation whether its
-    ``server`` answers. A run is also stopped, or unknown while the server is away, if that is what it says."""
+    ``server`` answers. A run is also stopped, where that or the run's own lock says so, or unknown while it is away."""
     wanted = {name: value for name, value in (("search", search), ("status", status), ("task", task)) if value}
-    view = _federation(request)
-    rows, total = read.runs(_db(request), limit, offset, sort, wanted, views.states(_db(request), view))
+    db, view = _db(request), _federation(request)
+    known = states(db, view.state if view else None)
+    rows, total = read.runs(db, limit, offset, sort, wanted, known)
     for row in rows:
         row["words"] = views.metric_words(row["task"], [row["metric"]])[0]
     return _json({"runs": rows, "total": total, "server": view.server() if view else None})
@@ -92,10 +94,9 @@ def run(request: Request, id: Id) -> Response:
     found |= {"settings": row["settings"], "children": row["children"]}
     found["metrics"] = views.metric_words(row["task"], names or [row["metric"]])
     found["whose"] = views.whose(db, row)
-    folder = models.run_folder(db, row["path"])
-    state = view.state(folder) if row["status"] == "running" and view is not None and folder is not None else None
-    found["run"]["status"] = state or row["status"]
-    return _json(found | {"stoppable": state == "running", "server": view.server() if view else None})
+    known = state(db, row, view.state if view else None)
+    found["run"]["status"] = known or row["status"]
+    return _json(found | {"stoppable": known == "running", "server": view.server() if view else None})
 
 
 @router.get("/runs/{id}/course", responses=NOT_FOUND)
@@ -204,7 +205,7 @@ def warnings(request: Request, id: Id) -> Response:
 def model(request: Request, id: Id) -> Response:
     """The best and the last model with their SHA-256, and the model card as HTML, as far as the files are here."""
     row = _run(request, id)
-    folder = models.run_folder(_db(request), row["path"])
+    folder = run_folder(_db(request), row["path"])
     found: Row = {"here": folder is not None, "models": {}, "card": None}
     for which, name in models.MODELS.items():
         if path := models.file_of(folder, name):
@@ -231,7 +232,7 @@ def previous(request: Request, id: Id) -> Response:
 def download(request: Request, id: Id, which: Literal["best", "last"]) -> FileResponse:
     """The model itself, as safetensors."""
     row = _run(request, id)
-    path = models.file_of(models.run_folder(_db(request), row["path"]), models.MODELS[which])
+    path = models.file_of(run_folder(_db(request), row["path"]), models.MODELS[which])
     if path is None:
         raise HTTPException(404, "the run has no such model on this machine")
     return _attached(path, f"{FilePath(row['path']).name}-{which}.safetensors", "application/octet-stream")
@@ -241,7 +242,7 @@ def download(request: Request, id: Id, which: Literal["best", "last"]) -> FileRe
 def report(request: Request, id: Id) -> FileResponse:
     """The run's report, to be saved: its own script does not run under the dashboard's rules."""
     row = _run(request, id)
-    path = models.file_of(models.run_folder(_db(request), row["path"]), models.REPORT)
+    path = models.file_of(run_folder(_db(request), row["path"]), models.REPORT)
     if path is None:
         raise HTTPException(404, "the run has no report on this machine")
     return _attached(path, f"{FilePath(row['path']).name}-report.html", "application/octet-stream")
@@ -255,7 +256,7 @@ def _attached(path: FilePath, name: str, kind: str) -> FileResponse:
 def stop(request: Request, id: Id) -> Response:
     """End a run of the federation that the dashboard was started with. Nothing else can be changed from here."""
     row, view = _run(request, id), _federation(request)
-    folder = models.run_folder(_db(request), row["path"])
+    folder = run_folder(_db(request), row["path"])
     if view is None or folder is None:
         raise HTTPException(409, "the dashboard was started without --federation: it stops no run")
     try:

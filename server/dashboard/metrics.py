@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
 
-from server.dashboard import views
 from server.dashboard.federation import FederationView
 from server.database import read
+from server.database.going import states
 from server.timing import PARTS, total_time
 from shared.errors import how_to_install
 
@@ -81,9 +81,9 @@ class _Collector:
 
     def _counts(self) -> Iterable[Any]:
         family = _gauge("consilium_runs", "Runs in the store.", ("status",))
-        states = views.states(self.db, self.view)
-        for status in ("running", "finished", "failed", *(("stopped", "unknown") if self.view else ())):
-            family.add_metric([status], read.runs(self.db, limit=1, filter={"status": status}, states=states)[1])
+        known = states(self.db, self.view.state if self.view else None)
+        for status in ("running", "finished", "failed", "stopped", *(("unknown",) if self.view else ())):
+            family.add_metric([status], read.runs(self.db, limit=1, filter={"status": status}, states=known)[1])
         yield family
 
     def _figures(self, rows: list[dict[str, Any]]) -> Iterable[Any]:

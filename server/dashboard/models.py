@@ -9,19 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
-from sqlalchemy import Engine
-
-from server.database.engine import base_of
 
 MODELS = {"best": "model.safetensors", "last": "last.safetensors"}
 CARD, REPORT = "model_card.md", "report.html"
 MAX_CARD = 1 << 20  # bytes
-
-
-def run_folder(db: Engine, path: str) -> Path | None:
-    """Where the run of that path lies; None where it is not on this machine."""
-    folder = ((base_of(db) or Path("/nowhere")) / path).resolve()
-    return folder if path and folder.is_dir() else None
 
 
 def file_of(folder: Path | None, name: str) -> Path | None:

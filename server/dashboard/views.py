@@ -10,8 +10,6 @@ from typing import Any
 from sqlalchemy import Engine, func, select
 
 from server.coverage import able_sites, whose_course
-from server.dashboard.federation import FederationView
-from server.dashboard.models import run_folder
 from server.database import read
 from server.database import schema as t
 from server.record import count, reason_words
@@ -22,7 +20,6 @@ from shared.tasks import TASKS
 from shared.weights import whole
 
 Row = dict[str, Any]
-GOING = 200  # runs whose journal calls them running, the newest, of which the server is asked
 
 
 class Sites:
@@ -66,20 +63,6 @@ def metrics_of(evaluations: Iterable[Mapping[str, Any]], first: str) -> list[str
     """The names of all metrics that there are, the one that picks the model first."""
     found = dict.fromkeys(name for row in evaluations for name in row["metrics"])
     return sorted(found, key=lambda name: name != first)
-
-
-def states(db: Engine, view: FederationView | None) -> dict[int, str]:
-    """What the federation's server knows of runs that their journals call running, by id: one that was stopped, or
-    whose machine went down, could not write so."""
-    if view is None:
-        return {}
-    found = {}
-    for row in read.runs(db, GOING, sort="-updated", filter={"status": "running"})[0]:
-        folder = run_folder(db, row["path"])
-        state = view.state(folder) if folder else None
-        if state is not None:
-            found[row["id"]] = state
-    return found
 
 
 def whose(db: Engine, row: Row) -> dict[str, str]:

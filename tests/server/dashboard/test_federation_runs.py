@@ -52,10 +52,10 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     """Two runs that their journals call running, numbers 1 and 2 of the server, and one that is no run of it."""
     (tmp_path / "federation.toml").write_text('name = "f"\n[server]\nhost = "127.0.0.1"\n[sites.a]\n')
     provision(tmp_path / "federation.toml", tmp_path / "f", ())
-    job = make_job()
+    job, stores = make_job(), []  # these are held: a run whose program is gone is not going on
     for number, name in enumerate(("going", "ended", "elsewhere"), start=1):
         folder = tmp_path / "f" / "runs" / name
-        store = Store(folder)
+        stores.append(store := Store(folder))
         (folder / "job.toml").write_text(job.toml())
         store.add("start", job=job.sha256, name=name, rounds=4, version="1")
         if name != "elsewhere":
