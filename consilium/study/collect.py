@@ -13,6 +13,7 @@ from server.results import curve
 from server.store import Event, read_events
 from shared.config import Job
 from shared.tasks import TASKS
+from shared.weights import keeps_own
 
 POOLED, ALONE = "pooled", "alone"
 REACH = 0.98  # of the pooled model's best validation figure: what rounds and bytes are counted to
@@ -105,6 +106,17 @@ class Found:
         """One of the figures of a method's rows, by seed, where there is one."""
         found = {seed: float(getattr(row, what)) for seed, row in self.of(setting, method).items()}
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
+
+    def compared_by(self, setting: str) -> str:
+        """The figure by which the methods of a setting are compared: ``value``, on all test images, or, where one of
+        them ends with a model for each site, ``mean``, each site's on its own images: scores of different models have
+        no common order, and over all sites they show who sees which classes rather than who tells them apart."""
+        jobs = [job for (name, _), job in self.jobs.items() if name == setting]
+        return "mean" if any(map(keeps_own, jobs)) else "value"
+
+    def compared(self, setting: str, method: str) -> dict[int, float]:
+        """That figure of a method, by seed."""
+        return self.values(setting, method, self.compared_by(setting))
 
     def baseline(self, setting: str, method: str, which: str) -> str:
         """The name under which the baseline ``which`` (pooled, alone) that a method is held against has its rows."""

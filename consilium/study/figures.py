@@ -86,7 +86,7 @@ def pareto_figure(found: Found, setting: str) -> go.Figure | None:
     """The metric against what training sent, by level of privacy; which methods no other beats in all three."""
     points = {}
     for name in found.plan.methods:
-        rows, value = found.of(setting, name), spread(list(found.values(setting, name).values()))
+        rows, value = found.of(setting, name), spread(list(found.compared(setting, name).values()))
         if rows and value.n:
             sent = spread([float(row.bytes) for row in rows.values()]).mean
             points[name] = (sent, value, spread([row.epsilon for row in rows.values()]).mean)
@@ -94,7 +94,10 @@ def pareto_figure(found: Found, setting: str) -> go.Figure | None:
         return None
     metric = _metric(found, setting)
     best = on_front(found, setting)
+    at_sites = found.compared_by(setting) == "mean"
     caption = "Mean over the seeds; bytes are those of the models sent both ways."
+    if at_sites:
+        caption += " The metric is the mean over the sites, each on its own test images."
     if best:
         caption += " Ringed: no other method is as good in metric, traffic and epsilon and better in one (methods "
         caption += "without privacy promise no epsilon)."
@@ -119,7 +122,8 @@ def pareto_figure(found: Found, setting: str) -> go.Figure | None:
               for side in (-1, 0, 1)]  # fmt: skip
     fit(figure, values, measure=wording(metric).figures)
     figure.update_xaxes(title="sent in training, MB")
-    figure.update_yaxes(title=f"{metric_name(metric, True)}, test (bars: sd over seeds)")
+    where = "mean over sites" if at_sites else "test"
+    figure.update_yaxes(title=f"{metric_name(metric, True)}, {where} (bars: sd over seeds)")
     return figure
 
 
@@ -128,7 +132,7 @@ def on_front(found: Found, setting: str) -> set[str]:
     points = {}
     for name in () if found.plan.quick else found.plan.methods:
         rows = found.of(setting, name)
-        value = spread(list(found.values(setting, name).values())).mean
+        value = spread(list(found.compared(setting, name).values())).mean
         if rows:
             sign = next(iter(rows.values())).sign
             epsilon = spread([row.epsilon for row in rows.values()]).mean

@@ -13,7 +13,6 @@ from consilium.study.collect import ALONE, POOLED, Found
 from consilium.study.compare import Spread, paired, spread
 from consilium.study.plan import TRIVIAL
 from server.wording import limits, metric_name, number
-from shared.weights import keeps_own
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,13 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
     hospitals = tuple(_hospitals(found, setting, best, methods, metric))
     warnings = []
     if plain and plain != best:
-        cost = paired(found.values(setting, best), found.values(setting, plain), sign)
+        cost = paired(found.compared(setting, best), found.compared(setting, plain), sign)
         lines.append(f"Privacy ({level}) costs: {metric_name(metric)} {difference(cost, metric)} against {plain}.")
     if level and metric == "frechet":
         warnings.append("The network that measures it is trained under the same privacy: beside others no figure.")
     if setting in found.about:
-        ahead = paired(found.values(setting, best), found.values(setting, TRIVIAL), sign)
-        trivial = spread(list(found.values(setting, TRIVIAL).values()))
+        ahead = paired(found.compared(setting, best), found.compared(setting, TRIVIAL), sign)
+        trivial = spread(list(found.compared(setting, TRIVIAL).values()))
         if not (ahead.above or (ahead.n == 1 and ahead.mean > 0)):
             warnings.append(
                 f"{best} is not shown to be better than next to nothing: {found.about[setting]} reaches "
@@ -117,14 +116,9 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
 
 
 def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tuple[str, str]:
-    """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen.
-
-    Where a method ends with a model for each site, each site is looked at by itself: scores of different models have
-    no common order, and over all sites they show who sees which classes rather than who tells them apart.
-    """
+    """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen."""
     ways = [("validation", "by validation"), ("value", "by the test images, for there is no validation")]
-    jobs = [found.jobs[setting, method] for method in methods if (setting, method) in found.jobs]
-    if any(map(keeps_own, jobs)):
+    if found.compared_by(setting) == "mean":
         ways.insert(0, ("at_sites", "by validation within each hospital"))
     for what, how in ways:
         values = {method: found.values(setting, method, what) for method in methods}
@@ -137,22 +131,20 @@ def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tu
 
 def _head(found: Found, setting: str, best: str, how: str, metric: str, sign: int) -> str:
     rows = found.of(setting, best)
-    own = spread(list(found.values(setting, best).values()))
-    text = f"{best} is best ({how}, {_seeds(own.n)}): {metric_name(metric)} {with_sd(own, metric)} on the test images"
+    own, at_sites = spread(list(found.compared(setting, best).values())), found.compared_by(setting) == "mean"
+    where = "on each hospital’s own test images, in the mean over the hospitals" if at_sites else "on the test images"
+    text = f"{best} is best ({how}, {_seeds(own.n)}): {metric_name(metric)} {with_sd(own, metric)} {where}"
     lows = spread([row.low for row in rows.values()]).mean
     highs = spread([row.high for row in rows.values()]).mean
-    if math.isfinite(lows):
+    if math.isfinite(lows) and not at_sites:
         text += (
             f" (one run’s interval, for the images that were drawn: [{number(lows, metric)}, {number(highs, metric)}])"
         )
-    pooled = spread(list(found.values(setting, found.baseline(setting, best, POOLED)).values()))
+    pooled = spread(list(found.compared(setting, found.baseline(setting, best, POOLED)).values()))
     if pooled.n:
         text += f"; all data in one place {with_sd(pooled, metric)}"
         if sign > 0 and pooled.mean > 0:
             text += f", of which it reaches {own.mean / pooled.mean:.1%}"
-    if any(row.personal for row in rows.values()):
-        mean = spread([math.fsum(row.personal.values()) / len(row.personal) for row in rows.values() if row.personal])
-        text += f"; each hospital’s own model on its own images, in the mean {with_sd(mean, metric)}"
     worst = spread([row.worst for row in rows.values()])
     if worst.n:
         last = max(rows.values(), key=lambda row: -row.sign * row.worst if math.isfinite(row.worst) else -math.inf)
@@ -169,8 +161,8 @@ def _against_others(
     found: Found, setting: str, best: str, others: Sequence[str], metric: str, sign: int
 ) -> Iterable[str]:
     """Whether the others are really worse on the test images, all comparisons together at 95 %."""
-    ours = found.values(setting, best)
-    gaps = {name: paired(ours, found.values(setting, name), sign, len(others)) for name in others}
+    ours = found.compared(setting, best)
+    gaps = {name: paired(ours, found.compared(setting, name), sign, len(others)) for name in others}
     gaps = {name: gap for name, gap in gaps.items() if gap.n > 1}
     worse = [f"{name} ({difference(gap, metric)})" for name, gap in gaps.items() if gap.above]
     better = [f"{name} ({difference(gap, metric)})" for name, gap in gaps.items() if gap.below]

@@ -90,6 +90,30 @@ def test_sites_that_keep_parts_are_compared_within_each_since_their_scores_have_
     assert "common is best (by validation within each hospital, 4 seeds)" in one.lines[0]
 
 
+def test_what_is_said_of_sites_own_models_is_of_each_on_its_own_images() -> None:
+    """Over all images their scores, which have no common order, look poor; in every hospital they are the best."""
+    case = found(
+        rows(TRIVIAL, wobble(0.90, 0.90), value=0.93),
+        rows(POOLED, wobble(0.95, 0.95), value=0.96),
+        rows("common", wobble(0.94, 0.94), value=0.95, at_sites=0.94),
+        rows("own", wobble(0.97, 0.98), value=0.80, at_sites=0.97, bytes=9_000_000),
+        about="logistic regression",
+    )
+    assert case.compared(SETTING, "own")[0] == 0.80
+    jobs = {(SETTING, "common"): Job(), (SETTING, "own"): Job().replace(federation__local="norm")}
+    case = replace(case, jobs=jobs)
+    (one,) = verdicts(case)
+    assert one.method == "own"
+    assert "AUROC .975 ± .000 on each hospital’s own test images, in the mean over the hospitals" in one.lines[0]
+    assert "all data in one place .950 ± .000, of which it reaches 102.6%" in one.lines[0]
+    assert "It is better, by more than chance, than common (+.035" in told(one)
+    assert not one.warnings
+    assert on_front(case, SETTING) == {"common", "own"}  # as one is better and the other cheaper
+    figure = pareto_figure(case, SETTING)
+    assert figure is not None
+    assert figure.layout.yaxis.title.text == "AUROC, mean over sites (bars: sd over seeds)"
+
+
 def test_validation_within_sites_is_of_the_best_round_and_counts_images() -> None:
     def event(number: int, whole: float, a: float | None, b: float | None, split: str = "val") -> dict[str, Any]:
         sites = {"a": {"auroc": {"value": a}}, "b": {"auroc": {"value": b}}}
