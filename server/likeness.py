@@ -6,6 +6,7 @@ since sites of one kind differ too: what passes them a person would see at a gla
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -14,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from shared.cases import SPLITS
-from shared.config import Job
+from shared.config import Job, Scalar, toml_scalar
+from shared.errors import UserError
 from shared.rules import OF_SITE, PERCENTS, STAINS, rules_of
 from shared.statistics import GREY_BINS
-from shared.tasks import Sums
+from shared.tasks import TASKS, Sums
 
 TURNED = 0.5  # further share of images that are dark on bright
 BRIGHTER = 0.1  # further mean grey value of the images, of 0 to 1
@@ -167,15 +169,30 @@ def _spacing(looks: Mapping[str, Look], job: Job) -> list[Unlike]:
         ratio = look.spacing / other.spacing
         if max(ratio, 1 / ratio) > COARSER:
             what = f"pixels of {look.spacing:.2g} mm, of others {other.spacing:.2g} mm"
-            found.append(Unlike(name, what, f"set data.spacing = {max(look.spacing, other.spacing):.2g}"))
+            found.append(
+                Unlike(name, what, _setting(job, "data.spacing", [float(f"{max(look.spacing, other.spacing):.2g}")]))
+            )
     return found
 
 
 def _set(job: Job, *rules: str) -> str:
     """The setting with a rule added to those the job has; any of several does."""
     before = rules_of(job.data.harmonise)
-    written = [f'data.harmonise = "{",".join((*before, rule))}"' for rule in rules]
-    return f"set {' or '.join(written)}"
+    return _setting(job, "data.harmonise", [",".join((*before, rule)) for rule in rules])
+
+
+def _setting(job: Job, key: str, values: Sequence[Scalar]) -> str:
+    """In words, those of the values that the job may have: films keep their grey values, detection its sizes."""
+    written = []
+    for value in values:
+        with contextlib.suppress(UserError):
+            job.replace(**{key: value})
+            written.append(f"{key} = {toml_scalar(value)}")
+    return (
+        f"set {' or '.join(written)}"
+        if written
+        else f"no setting of the job makes {TASKS[job.task].case}s alike in this"
+    )
 
 
 # --- a standard scale -------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ from client.policy import read_policy
 from client.survey import statistics
 from client.workspace import Workspace
 from consilium.cli import commands
-from server.likeness import Unlike, landmarks, look_of, unlike
-from shared.config import Job, job_from_flat
+from server.likeness import Look, Unlike, landmarks, look_of, unlike
+from shared.config import Job, job_from_flat, parse_override
 from shared.imaging.dataset import load_dataset
 from shared.imaging.harmonise import skewness
 from shared.samples import read_samples
 from shared.sitefile import read_site
 from shared.statistics import template
-from shared.tasks import Sums, add_sums
+from shared.tasks import TASKS, Sums, add_sums
 from tests.shared.imaging.dicom_files import write
 
 GREY = job_from_flat({"data.classes": "few,many", "data.size": 24, "data.format": "csv"})
@@ -109,6 +109,24 @@ def test_the_site_of_another_stain_is_named(tmp_path: Path) -> None:
     assert only.site == "c"
     assert "stain" in only.what
     assert only.setting == 'set data.harmonise = "reinhard" or data.harmonise = "macenko"'
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "generation"])
+def test_only_what_the_job_may_set_is_named(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Films and detection refuse what helps pictures; what differs is told in any case."""
+    there = Look(20, 0.0, 0.3, 0.01, 0.2, (0.34, 0.33), 0.001, 0.5)
+    looks = {"a": there, "b": there, "turned": there._replace(dark=1.0), "stained": there._replace(hues=(0.5, 0.3))}
+    looks |= {"dark": there._replace(mean=0.1, sd=0.05), "coarse": there._replace(spacing=2.0)}
+    monkeypatch.setattr("server.likeness.look_of", lambda sums: looks[str(sums)])
+    job = job_from_flat({"task": task, "data.classes": "few,many", "data.channels": 3})
+    items = unlike({name: name for name in looks}, job)  # type: ignore[misc]
+    assert {item.site for item in items} == {"turned", "stained", "dark", "coarse"}
+    named = [word for item in items if item.setting.startswith("set ") for word in item.setting[4:].split(" or ")]
+    for setting in named:
+        key, value = parse_override(setting.replace(" = ", "="))
+        job.replace(**{key: value})
+    assert len(named) == {"sequence": 0, "detection": 5}.get(task, 6)
+    assert all(item.setting.startswith(("set ", "no setting of the job makes ")) for item in items)
 
 
 def test_a_rule_that_the_job_has_mends_it_and_is_not_named_again(tmp_path: Path) -> None:
