@@ -25,7 +25,7 @@ from shared.pairs import check_pairs
 from shared.rules import check_rules, site_rule
 from shared.settings import Augment, Data, Evaluation, Model, Privacy, Train
 from shared.settings_federation import Federation
-from shared.strategies import AGGREGATORS, CODEC_NAMES, STRATEGIES, resolve
+from shared.strategies import AGGREGATORS, CODEC_NAMES, STRATEGIES, resolve, set_over
 from shared.subgroups import parse_subgroups
 from shared.tasks import TASKS
 
@@ -345,4 +345,5 @@ def load_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
         job_from_flat(flat)  # so that a fault of the file names the file
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return job_from_flat({"name": path.stem} | flat | dict(parse_override(text) for text in overrides))
+    over = dict(parse_override(text) for text in overrides)
+    return job_from_flat({"name": path.stem} | set_over(flat, over, {k: item.default for k, item in knobs().items()}))

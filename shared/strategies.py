@@ -15,9 +15,12 @@ in ``CODEC_NAMES`` and one in ``shared.codecs``.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from shared.errors import UserError
 
 if TYPE_CHECKING:
     from shared.settings_federation import Federation
@@ -130,6 +133,26 @@ def resolve(name: str, flat: Mapping[str, Value], defaults: Mapping[str, Value])
         if chosen.get(key, defaults[key]) == defaults[key]:
             chosen[key] = value
     return chosen
+
+
+def set_over(file: Mapping[str, Any], over: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A job file's settings with what is set over them. A strategy that is set over another takes the place of what
+    that one stands for.
+
+    Raises:
+        UserError: a setting is set over the file to its default, which the strategy would change unseen.
+    """
+    key = "federation.strategy"
+    before = str(file.get(key, ""))
+    name = str(over.get(key, before))
+    theirs = STRATEGIES.get(before, {}) if name != before else {}
+    for setting, value in STRATEGIES.get(name, {}).items():
+        if setting in over and over[setting] == defaults[setting] != value:
+            raise UserError(
+                f"{setting} = {json.dumps(over[setting])}: {name} stands for {json.dumps(value)}; "
+                "set another strategy, or leave this out"
+            )
+    return {setting: value for setting, value in file.items() if theirs.get(setting, ...) != value} | dict(over)
 
 
 def in_words(federation: Federation) -> str:
