@@ -19,14 +19,16 @@ Train = Callable[[list[Place], Arrays], Iterator[tuple[float, Arrays]]]
 
 
 def sample(places: Sequence[Place], job: Job, number: int, asked: Mapping[str, int]) -> list[Place]:
-    """The sites of round ``number``: all that have training images, or a share of them drawn from the job's seed.
+    """The sites of round ``number``: all that have training images, or a share of them drawn from the job's seed, but
+    as many as the job needs to end it.
 
     ``federation.sampling = "balanced"`` draws among those that were ``asked`` least often so far, whether they answered
     or not; so no two that were there all along differ by more than one.
     """
     able = [place for place in places if place.images["train"]]
     wanted = job.federation
-    count = max(math.ceil(wanted.fraction * len(able) - 1e-9), min(max(wanted.min_sites, fewest(job)), len(able)))
+    least = max(wanted.min_sites, fewest(job), wanted.buffer if wanted.order == "buffered" else 0)
+    count = max(math.ceil(wanted.fraction * len(able) - 1e-9), min(least, len(able)))
     draw = random.Random(derived_seed(job.seed, "sample", number))
     if wanted.sampling == "random":
         chosen = draw.sample(range(len(able)), count)

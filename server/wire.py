@@ -111,7 +111,8 @@ class Line:
         own = content if callable(content) else lambda _: content
         messages = [Message(own(place), place.node, kind, group_id=str(round_)) for place in places]
         came: list[float] = []
-        answers = replies(grid, messages, self.job.federation.round_timeout, came)
+        patience = self._patience(kind, places)
+        answers = replies(grid, messages, patience, came)
         for place, message, reply in zip(places, messages, answers, strict=True):
             self.weigh(place, message, reply)
             self.took[place.name] = self.took.get(place.name, 0.0) + came[-1]
@@ -119,11 +120,19 @@ class Line:
                 if _lost(reply):
                     self.has.pop(place.name, None)
                     message = Message(content.whole, place.node, kind, group_id=str(round_))
-                    reply = next(replies(grid, [message], self.job.federation.round_timeout))
+                    reply = next(replies(grid, [message], patience))
                     self.weigh(place, message, reply)
                 if _worked(reply):
                     self.has[place.name] = content.version
             yield place, reply
+
+    def _patience(self, kind: str, places: list[Place]) -> float:
+        """Seconds for the replies: fine-tuning takes as many times a round as it has more steps than one."""
+        job, rounds = self.job, 1.0
+        if kind == "evaluate.personal":
+            steps = min((job.local_steps(place.images.get("train", 0)) for place in places), default=1)
+            rounds += job.federation.finetune_steps / steps
+        return min(rounds * job.federation.round_timeout, 1e7)
 
     def weigh(self, place: Place, message: Message, reply: Message | None) -> None:
         """Count the bytes of a question and its answer."""

@@ -39,6 +39,7 @@ from shared.errors import UserError
 KEYS = (
     "name", "job", "data", "seeds", "redraw", "target", "set", "grid", "variant", "partition", "privacy", "dataset"
 )  # fmt: skip
+BASELINE_NAMES = ("trivial", "pooled", "alone")  # what methods stand beside, by these names
 OWN = {"seed": "seeds = [0, 1, 2] at the top of the file", "name": "the name of the study or of the data set"}
 
 Settings = dict[str, Scalar]
@@ -149,6 +150,8 @@ def methods_of(content: Mapping[str, Any]) -> Iterator[Method]:
     ):
         words = [variant.name, ", ".join(value_words(key, point[key]) for key in varied or grid), level.name]
         name = ", ".join(word for word in words if word) or "as the job says"
+        if name.partition(" (")[0] in BASELINE_NAMES:
+            raise UserError(f"a method would be called {name!r}, as are baselines; give it another name")
         if name in seen:
             raise UserError(f"two methods would be called {name!r}; give variants and levels names that differ")
         seen.add(name)

@@ -25,6 +25,7 @@ from server.record import count
 from shared import __version__
 from shared.config import Job, Scalar, job_from_flat, load_job, read_toml, toml_scalar
 from shared.errors import UserError
+from shared.pairs import fewest
 from shared.settings import Privacy
 from shared.settings_federation import nothing_shared
 
@@ -195,6 +196,8 @@ def alone(job: Job, name: str) -> Job:
     flat = job.flat() | nothing_shared() | fresh | {"name": f"{name}, alone and pooled"}
     if job.federation.order == "buffered":  # a round of it has fewer steps
         flat |= {"federation.order": "buffered", "federation.buffer": job.federation.buffer}
+    if job.federation.fraction < 1:  # of a share of the sites no fewer take part than its aggregator needs
+        flat["federation.min_sites"] = max(job.federation.min_sites, fewest(job))
     return job_from_flat(flat)
 
 

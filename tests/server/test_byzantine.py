@@ -25,7 +25,8 @@ Attack = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 # Of an array before and after honest training, and a generator that is one for all liars of a round, what is sent.
 ATTACKS: dict[str, Attack] = {
     "flipped": lambda before, after, own: before - 10 * (after - before),
-    "scaled": lambda before, after, own: before - 200 * (after - before),
+    "turned": lambda before, after, own: before - 200 * (after - before),
+    "scaled": lambda before, after, own: before + 200 * (after - before),
     "noise": lambda before, after, own: before + own.normal(0, 2, before.shape).astype(before.dtype),
     "colluding": lambda before, after, own: before - own.choice([-1.0, 1.0], before.shape).astype(before.dtype),
 }
@@ -117,7 +118,8 @@ def test_robust_choices_end_where_the_clean_run_does_and_the_mean_does_not(
     sites, bad = crowd
     clean = auroc(job, "clean", sites, 0)
     assert clean > 0.95
-    assert auroc(job, attack, sites, bad) < clean - 0.1
+    if attack != "scaled":  # too far in the right direction: what it learns here it learns all the same
+        assert auroc(job, attack, sites, bad) < clean - 0.1
     for federation in ROBUST:
         assert auroc(job, attack, sites, bad, byzantine=bad, **federation) >= clean - 0.03, federation
 

@@ -60,6 +60,11 @@ def test_a_robust_aggregator_draws_as_many_as_it_needs() -> None:
     assert len(rounds(places(9), job(fraction=0.1, aggregator="krum", byzantine=2), 1)[0]) == 7
 
 
+def test_a_round_that_ends_with_some_replies_asks_as_many() -> None:
+    assert len(rounds(places(9), job(fraction=0.1, order="buffered", buffer=4), 1)[0]) == 4
+    assert len(rounds(places(3), job(fraction=0.1, order="buffered", buffer=4), 1)[0]) == 3
+
+
 @pytest.mark.parametrize(("number", "order"), [(1, "abc"), (2, "bca"), (3, "cab"), (4, "abc")])
 def test_a_cycle_passes_the_model_on_and_begins_one_further_each_round(number: int, order: str) -> None:
     there = [Place(i, name, {"train": 1}, [], 0) for i, name in enumerate("abc")]

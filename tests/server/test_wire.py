@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
@@ -265,3 +265,29 @@ def test_a_codec_goes_with_differential_privacy(dp: str, three_sites: Path, tiny
     )
     federate(three_sites, job, tmp_path)
     assert [len(event["trained"]) for event in trained(tmp_path)] == [3, 3, 3]
+
+
+class Silent(LocalGrid):
+    """Sites that never answer; notes how long they were waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(None, [], {})  # type: ignore[arg-type]  # nobody works
+        self.waited: list[float | None] = []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        self.waited.append(timeout)
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("length", "times"), [({"train__local_steps": 4}, 26), ({"train__local_steps": 1, "train__local_epochs": 2.0}, 11)]
+)
+def test_fine_tuning_may_take_as_many_rounds_as_it_has_steps(length: dict[str, Any], times: int, tiny_job: Job) -> None:
+    """The round's deadline fits its few steps; two epochs of the smaller site's 40 images in eights are ten."""
+    job = tiny_job.replace(federation__finetune_steps=100, federation__round_timeout=5.0, train__batch_size=8, **length)
+    places = [Place(2, "a", {"train": 40}, [], 0), Place(3, "b", {"train": 400}, [], 0)]
+    grid, line = Silent(), Line(job)
+    content = RecordDict({"config": ConfigRecord({"round": 3})})
+    for kind in ("train", "evaluate", "evaluate.personal"):
+        assert [reply for _, reply in line.exchange(grid, kind, content, places, 3)] == [None, None]
+    assert grid.waited == [5.0, 5.0, 5.0 * times]

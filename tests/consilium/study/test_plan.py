@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from consilium.study.cell import stamp
+from consilium.study.collect import ALONE, POOLED
+from consilium.study.file import BASELINE_NAMES
 from consilium.study.plan import BASELINES, FEDERATED, TRIVIAL, Plan, read_plan
+from server.admission import Place
+from server.sampling import sample
 from shared.config import load_job
 from shared.errors import UserError
 
@@ -138,6 +142,12 @@ def test_quick_takes_two_seeds_and_a_few_rounds_of_every_cell(tmp_path: Path) ->
             "[grid]\n'train.local_steps' = [3]\n[[variant]]\nname = 'v'\n'train.local_steps' = 2",
             "train.local_steps stands in more than one of [grid], [[variant]] and [[privacy]]",
         ),
+        ("[[variant]]\nname = 'pooled'", "a method would be called 'pooled', as are baselines; give it another name"),
+        ("[[variant]]\nname = 'alone (small)'", "a method would be called 'alone (small)', as are baselines"),
+        (
+            "[grid]\n'federation.strategy' = ['fedavg', 'fedadam']\n'federation.server_optimizer' = ['none', 'adam']",
+            'federation.server_optimizer = "none": fedadam stands for "adam"',
+        ),
         ("redraw = 1", "must be true or false"),
         ("target = 'high'", "target = 'high': must be a number"),
         ("[[dataset]]\nname = 'x'", "name either one job, and its data, or several with [[dataset]]"),
@@ -189,6 +199,19 @@ def test_a_buffered_federation_is_held_against_models_of_as_many_steps_as_its_ow
     assert {name: job.order for name, job in own.items()} == {
         name: "buffered" if "fedbuff" in name else "parallel" for name in own
     }
+
+
+def test_a_robust_federation_on_a_share_of_its_sites_is_held_against_as_many_steps(tmp_path: Path) -> None:
+    robust = "aggregator = 'krum'\nbyzantine = 2\n"
+    found = plan(tmp_path, f"[[variant]]\nname = 'a'\n[variant.federation]\n{robust}fraction = 0.1\n")
+    jobs = {cell.kind: cell.job for cell in found.cells}
+    sites = [Place(node, f"s{node}", {"train": 5}, [], 0) for node in range(9)]
+    drawn = {kind: len(sample(sites, jobs[kind], 1, {})) for kind in (BASELINES, FEDERATED)}
+    assert drawn == {BASELINES: 7, FEDERATED: 7}
+
+
+def test_the_names_of_baselines_are_those_that_no_method_may_have() -> None:
+    assert BASELINE_NAMES == (TRIVIAL, POOLED, ALONE)
 
 
 def test_the_images_of_a_cell_are_others_once_a_file_is_and_not_for_another_way_to_name_them(
