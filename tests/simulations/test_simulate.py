@@ -122,6 +122,18 @@ def test_optimiser_moments_are_kept_per_site_and_dropped_by_a_new_run(
     assert not list((tmp_path / "fresh" / "sites").rglob("*.safetensors"))
 
 
+def test_a_federation_begins_with_the_weights_of_a_file(three_sites: Path, tiny_job: Job, tmp_path: Path) -> None:
+    """With hardly a rate it ends where it began; from its own start it does not come near."""
+    run(tiny_job.replace(seed=5), three_sites, tmp_path / "before", pages=False)
+    file = tmp_path / "before" / "last.safetensors"
+    still = tiny_job.replace(train__learning_rate=1e-9)
+    for name, job in {"from": still.replace(model__weights=str(file)), "own": still}.items():
+        run(job, three_sites, tmp_path / name, pages=False)
+    began, ended, other = (load_file(tmp_path / name / "last.safetensors") for name in ("before", "from", "own"))
+    assert all(torch.allclose(ended[name], began[name], atol=1e-6) for name in began)
+    assert not all(torch.allclose(other[name], began[name], atol=1e-3) for name in began)
+
+
 def test_an_earlier_run_is_moved_aside_and_foreign_files_are_refused(
     three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
