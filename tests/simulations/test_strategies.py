@@ -119,12 +119,13 @@ def test_what_the_sites_keep_adds_up_to_what_the_server_has_though_replies_get_l
     assert all(int(value) == 4 for key, value in server.items() if key.startswith("heard/"))
 
 
-@pytest.mark.parametrize("name", ["fedbn", "fedper"])
+@pytest.mark.parametrize(("name", "network"), [("fedbn", "cnn"), ("fedbn", "resnet18"), ("fedper", "cnn")])
 def test_parts_that_stay_home_differ_by_site_and_the_rest_is_equal(
-    name: str, pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
+    name: str, network: str, pool: WorkerPool, three_sites: Path, tiny_job: Job, tmp_path: Path
 ) -> None:
-    play(pool, tiny_job, three_sites, tmp_path, federation__strategy=name, federation__rounds=5)
-    job = tiny_job.replace(federation__strategy=name, federation__rounds=5)
+    settings: dict[str, Any] = {"federation__strategy": name, "federation__rounds": 5, "model__name": network}
+    play(pool, tiny_job, three_sites, tmp_path, **settings)
+    job = tiny_job.replace(**settings)
     model = load_task(job.task).build_model(job)
     home, common = home_names(model, job), load_file(tmp_path / "model.safetensors")
     assert sorted(common) == sorted(exchanged_names(model, job))
@@ -135,6 +136,10 @@ def test_parts_that_stay_home_differ_by_site_and_the_rest_is_equal(
         assert all(torch.equal(own[key], common[key]) for key in common)
     assert not all(torch.equal(models["a"][key], own_start(job)[key]) for key in home)  # they were trained
     assert not all(torch.equal(models["a"][key], models["b"][key]) for key in home)
+    measured = [key for key in model.state_dict() if "running" in key]  # BatchNorm's, of each site's own images
+    assert bool(measured) is (network == "resnet18")
+    assert set(measured) <= set(home)
+    assert not any(torch.equal(models["a"][key], models["b"][key]) for key in measured)
     best = max(event["round"] for event in read_events(tmp_path) if event["event"] == "personal")
     held = remembered(tmp_path, "b")[best]  # not of the last round: of the one whose common model was kept
     assert all(torch.equal(models["b"][key], held[f"home/{key}"]) for key in home)
