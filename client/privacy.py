@@ -113,7 +113,7 @@ def train_privately(
         raise SiteRefusal("no-training-images", "no image of this site is in the training split")
     device = pick_device(job)
     without_batch_norm(model, job)
-    put_on(model, device)
+    device = put_on(model, device)
     expected = job.privacy.sampling_rate * (declared or len(everyone))
     seed_generators(derived_seed(job.seed, site, first_step), device)  # of augmentation, which need not be secret
     coins = secret_generator()

@@ -51,9 +51,9 @@ def replies(
     if yields is not None:
         ordered = iter(yields)
         for _ in messages:
-            reply = next(ordered, None)
-            came.append(_made_after(reply, began))
-            yield reply
+            box = [next(ordered, None)]
+            came.append(_made_after(box[0], began))
+            yield box.pop()  # nothing here holds it while the next one is waited for
         return
     deadline = time.monotonic() + timeout
     names = push(grid, messages)

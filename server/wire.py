@@ -113,18 +113,19 @@ class Line:
         came: list[float] = []
         patience = self._patience(kind, places)
         answers = replies(grid, messages, patience, came)
-        for place, message, reply in zip(places, messages, answers, strict=True):
-            self.weigh(place, message, reply)
+        for place, message in zip(places, messages, strict=True):
+            box = [next(answers)]
+            self.weigh(place, message, box[0])
             self.took[place.name] = self.took.get(place.name, 0.0) + came[-1]
             if isinstance(content, Addressed):
-                if _lost(reply):
+                if _lost(box[0]):
                     self.has.pop(place.name, None)
                     message = Message(content.whole, place.node, kind, group_id=str(round_))
-                    reply = next(replies(grid, [message], patience))
-                    self.weigh(place, message, reply)
-                if _worked(reply):
+                    box = [next(replies(grid, [message], patience))]
+                    self.weigh(place, message, box[0])
+                if _worked(box[0]):
                     self.has[place.name] = content.version
-            yield place, reply
+            yield place, box.pop()  # nothing here holds it while the next one is waited for
 
     def _patience(self, kind: str, places: list[Place]) -> float:
         """Seconds for the replies: fine-tuning takes as many times a round as it has more steps than one."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from shared.config import Job
 
 Made = TypeVar("Made")
+# Whether there is a GPU is asked of its driver, not of CUDA: who has asked CUDA can fork no worker that uses one.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 @contextmanager

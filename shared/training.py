@@ -139,8 +139,11 @@ def memory_format(parameters: Iterable[Tensor]) -> torch.memory_format:
     return torch.channels_last_3d if volumes else torch.channels_last
 
 
-def put_on(model: nn.Module, device: torch.device) -> None:
-    """Put the model on the device, laid out as ``memory_format`` says; where it is so already this is but a look."""
+def put_on(model: nn.Module, device: torch.device) -> torch.device:
+    """Put the model on the device, laid out as ``memory_format`` says; where it is so already this is but a look.
+
+    Gives the device by its number: "cuda" alone is another GPU in another thread.
+    """
     parameters = list(model.parameters())
     layout = memory_format(parameters)
     dimensions = 5 if layout is torch.channels_last_3d else 4
@@ -149,6 +152,7 @@ def put_on(model: nn.Module, device: torch.device) -> None:
         for held in parameters
     ):
         model.to(device, memory_format=layout)  # type: ignore[call-overload]
+    return parameters[0].device if parameters else device
 
 
 def set_mode(model: nn.Module, job: Job) -> None:
@@ -201,7 +205,7 @@ def train(
         SiteRefusal: there is nothing to train on, or the loss is no longer finite.
     """
     device, correction = pick_device(job), correction or Correction(model, {})
-    put_on(model, device)
+    device = put_on(model, device)
     parts = task.parts(job)
     optimizer = make_optimizer(model, job, parts)
     if moments is not None:

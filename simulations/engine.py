@@ -110,9 +110,10 @@ class LocalGrid(Grid):
         try:
             while window:
                 message, future = window.popleft()
-                reply = self._reply(message, future, timeout)
+                box = [self._reply(message, future, timeout)]
+                del message, future
                 window.extend(itertools.islice(source, 1))
-                yield reply
+                yield box.pop()  # nothing here holds it while the next one is waited for
         finally:  # the caller stopped early: nobody waits for the rest
             for _, future in window:
                 self._pool.abandon(future)

@@ -28,6 +28,8 @@ from simulations.segments import Lease, Segment, Segments, Source, pack, unpack
 from simulations.waiting import PoolClosed, Reply, Task, Waiting, WorkerDied
 from simulations.worker import Order, load, work
 
+MOST_LIFELESS = 10  # workers that died one after another without a message: whatever ends them would end the next
+
 
 @dataclass(frozen=True)
 class Content:
@@ -51,6 +53,7 @@ class _Worker:
     pipe: Connection
     device: str
     task: LocalTask | None = None
+    doomed: bool = False  # it is being killed, whatever it still sends
     known: dict[int, Segment] = field(default_factory=dict)  # segments whose descriptors it has
 
 
@@ -66,6 +69,7 @@ class WorkerPool:
         lazy.install()
         self._waiting: Waiting[LocalTask] = Waiting()
         self._lock = threading.Lock()
+        self._lifeless = 0
         self._segments = Segments()
         self._wake_in, self._wake_out = multiprocessing.Pipe(duplex=False)
         # The first optimiser step and augmented batch import these (1 s, .2 s): once here, not in every worker.
@@ -104,6 +108,7 @@ class WorkerPool:
         with self._lock:
             self._waiting.add(task)
             self._dispatch()
+        self._fail_left()
         return task.future
 
     def abandon(self, future: Reply) -> None:
@@ -112,6 +117,7 @@ class WorkerPool:
             self._waiting.drop(future)
             for worker in self._workers:
                 if worker.task and worker.task.future is future:
+                    worker.doomed = True
                     worker.process.kill()
 
     def close(self) -> None:
@@ -144,8 +150,7 @@ class WorkerPool:
 
     def _start(self, device: str) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
-        forkable = hasattr(os, "fork") and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        # A CUDA context does not survive a fork; a spawned worker imports the app by name instead.
+        forkable = _forkable()  # a spawned worker imports the app by name instead
         context: Any = multiprocessing.get_context("fork" if forkable else "spawn")
         inherited = [ours, *(worker.pipe for worker in self._workers)] if forkable else []
         args = theirs, inherited, self._segments if forkable else None, self._app, self._threads, device
@@ -153,6 +158,27 @@ class WorkerPool:
         process.start()
         theirs.close()
         return _Worker(process, ours, device)
+
+    def _replace(self, worker: _Worker) -> None:
+        """Another worker in place of one that is gone; one fewer where no other can be started."""
+        worker.pipe.close()
+        worker.process.join()
+        if self._waiting.closed:
+            return
+        place = self._workers.index(worker)
+        try:
+            if self._lifeless > MOST_LIFELESS:
+                raise WorkerDied
+            self._workers[place] = self._start(worker.device)
+        except Exception:  # no process, memory or file is left for it, or its app has no name to be imported by
+            del self._workers[place]
+
+    def _fail_left(self) -> None:
+        """With no worker left, nothing that waits will be answered."""
+        with self._lock:
+            left = [] if self._workers else self._waiting.empty()
+        for task in left:
+            task.fail(WorkerDied())
 
     def _dispatch(self) -> None:
         for worker in self._workers:
@@ -204,12 +230,11 @@ class WorkerPool:
             task, worker.task = worker.task, None
             if held and task is not None and task.content.lease is not None:
                 task.content.lease.segment.dirty = True
-            if body is None:
-                worker.pipe.close()
-                worker.process.join()
-                if not self._waiting.closed:
-                    self._workers[self._workers.index(worker)] = self._start(worker.device)
+            if body is None or worker.doomed:
+                self._lifeless = self._lifeless + 1 if task is None else 0
+                self._replace(worker)
             self._dispatch()
+        self._fail_left()
         if task is None:
             return
         if body is None:
@@ -219,3 +244,17 @@ class WorkerPool:
                 task.future.set_result(unpack(body, Source(task.reply, size) if task.reply and size else None))
             except Exception as problem:  # only what the app put into its reply can be at fault
                 task.future.set_exception(WorkerDied(repr(problem)))
+
+
+def _forkable() -> bool:
+    """Whether a forked worker could use what this process found: not a GPU once CUDA was asked for here.
+
+    CUDA's context does not survive a fork, and torch says so in the child alone; so a child is asked.
+    """
+    if not hasattr(os, "fork") or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    if not torch.cuda.device_count():
+        return True
+    if not (child := os.fork()):
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

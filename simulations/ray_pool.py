@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from client import lazy
 from shared.errors import UserError, how_to_install
 from simulations.waiting import Outcome, PoolClosed, Reply, Task, Waiting, WorkerDied
-from simulations.worker import call, keep_memory, load
+from simulations.worker import call, give_back, keep_memory, load, open_many_files
 
 try:
     import ray
@@ -39,6 +39,7 @@ class Player:
 
         torch.set_num_threads(threads)
         keep_memory()
+        open_many_files()
         lazy.install()
         self._app = load(app)
 
@@ -48,7 +49,9 @@ class Player:
     def answer(self, metadata: Any, context: Context, content: RecordDict) -> Outcome:
         """The reply to a message, and the node's state after it."""
         message = Message(content, metadata=metadata)  # type: ignore[call-overload]
-        return call(self._app, message, context), context.state
+        reply = call(self._app, message, context)
+        give_back()
+        return reply, context.state
 
 
 @dataclass(order=True)
@@ -62,6 +65,7 @@ class _Task(Task):
 class _Actor:
     handle: Any
     ready: bool = False
+    doomed: bool = False  # it is being killed, whatever it still answers
     task: _Task | None = None
 
 
@@ -142,7 +146,7 @@ class RayPool:
             self._waiting.drop(future)
             for actor in self._actors:
                 if actor.task and actor.task.future is future:
-                    actor.task.retries = 0
+                    actor.task.retries, actor.doomed = 0, True
                     ray.kill(actor.handle)
 
     def close(self) -> None:
@@ -208,7 +212,7 @@ class RayPool:
             task, actor.task = actor.task, None
             assert task is not None
             again = problem is not None and task.retries > 0
-            if problem is not None:
+            if problem is not None or actor.doomed:
                 self._replace(actor)
             if again:
                 task.retries -= 1

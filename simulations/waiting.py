@@ -106,8 +106,12 @@ class Waiting(Generic[T]):
         self._heap = [task for task in self._heap if task.future is not future]
         heapq.heapify(self._heap)
 
+    def empty(self) -> list[T]:
+        """Gives those that wait; none is left."""
+        left, self._heap = self._heap, []
+        return left
+
     def close(self) -> list[T]:
         """Take no more; gives those that wait."""
         self.closed = True
-        left, self._heap = self._heap, []
-        return left
+        return self.empty()

@@ -68,6 +68,7 @@ def work(
     use_device(device)
     torch.set_num_threads(threads)
     keep_memory()
+    open_many_files()
     lazy.install()
     client_app, known = load(app), dict[int, Segment]()
     gc.freeze()  # what is imported stays, and need not be looked at again
@@ -91,11 +92,16 @@ def answer(pipe: Connection, order: Order, known: dict[int, Segment], app: Clien
     body, size = pack((reply, order.context.state), target)
     held = source.held() if source is not None else None
     del source, content, message, reply
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        gc.collect()
-        torch.cuda.empty_cache()  # another worker may be on this GPU
+    give_back()
     pipe.send((size, held is not None and held()))
     pipe.send_bytes(body)
+
+
+def give_back() -> None:
+    """Hand the GPU's memory that is not in use back: another worker may be on it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def call(app: ClientApp, message: Message, context: Context) -> Message:
@@ -117,6 +123,17 @@ def use_device(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device:
         torch.cuda.set_device(torch.device(device))
+
+
+def open_many_files() -> None:
+    """Let this process open as many files as the system allows: each mapped column of a site's images is one, and there
+    may be hundreds of simulated sites. The usual limit, 1,024, is for programs that cannot count further."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def keep_memory() -> None:

@@ -3,20 +3,21 @@
 A task's ``decode`` turns one case into named arrays: an image, perhaps its mask or its size. The arrays of one name
 form a ``Column``: one flat file, so that cases may differ in size.
 
-The cache lies in the site's own folder. Its key covers each file's path, size and time of change and the settings the
+The cache lies in the site's own folder. Its key covers each file's path, size and times of change and the settings the
 task decodes by, so a changed file or job decodes afresh; a half-written cache is never seen, since the folder is
 renamed into place when complete. All entries together take no more than the site allows, see ``pruning``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from shared.cases import Sample, SiteData
 from shared.config import Job
 from shared.errors import SiteRefusal
 from shared.imaging.errors import UnreadableImage
-from shared.imaging.pruning import INDEX, WRITING, mark_used, prune
+from shared.imaging.pruning import INDEX, WRITING, mark_used, prune, remove
 from shared.imaging.scale import with_scale
 from shared.imaging.stamp import stamp
 from shared.sitefile import OWN_FOLDER
@@ -178,11 +179,14 @@ def load_dataset(
 
 
 def _opened(entry: Path) -> tuple[dict[str, Any], dict[str, Column]] | None:
-    """The index and the columns of an entry; None where there is none, or it is being removed."""
+    """The index and the columns of an entry; None where there is none, or it is being removed, or it is not whole."""
     try:
         index = json.loads((entry / INDEX).read_text(encoding="utf-8"))
         columns = {name: _open(entry / f"{name}.raw", **facts) for name, facts in index["columns"].items()}
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):  # the machine went down before all of it was on the disk
+        remove(entry)
         return None
     mark_used(entry)
     return index, columns
@@ -200,8 +204,10 @@ def _decoded(
 
 
 def _open(path: Path, dtype: str, shapes: list[list[int]]) -> Column:
-    empty = not path.stat().st_size  # a file without bytes cannot be mapped
-    flat = np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+    size = path.stat().st_size
+    if size != np.dtype(dtype).itemsize * sum(map(math.prod, shapes)):
+        raise ValueError(f"{path} has {size} bytes, which is not what its index says")
+    flat = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)  # a file without bytes cannot be mapped
     return Column(flat, [tuple(shape) for shape in shapes])
 
 
@@ -235,7 +241,8 @@ class _Writer:
                 self.files[name] = (self.folder / f"{name}.raw").open("wb")
                 self.columns[name] = (array.dtype.str, [])
             dtype, shapes = self.columns[name]
-            self.files[name].write(np.ascontiguousarray(array, dtype).tobytes())
+            with _written(self.folder.parent):
+                self.files[name].write(np.ascontiguousarray(array, dtype).tobytes())
             shapes.append(array.shape)
 
     def close(self) -> None:
@@ -251,11 +258,9 @@ def _decode(
 ) -> None:
     """Decode into a temporary folder beside ``entry`` and rename it; a second process that was faster wins."""
     task = load_task(job.task)
-    try:
+    with _written(entry.parent):
         entry.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=WRITING, dir=entry.parent))
-    except OSError as error:
-        raise SiteRefusal("no-cache", f"{entry.parent}: cannot write the image cache: {error.strerror}") from None
     writer = _Writer(work)
     try:
         kept: list[int] = []
@@ -268,14 +273,25 @@ def _decode(
                 skipped.append({"path": sample.path, "code": error.code, "detail": error.detail})
             if progress:
                 progress(number + 1, len(samples))
-        writer.close()
-        index = {"kept": kept, "skipped": skipped, "columns": writer.facts()}
-        (work / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        try:
-            os.rename(work, entry)
-        except OSError:
-            if not (entry / INDEX).is_file():
-                raise
+        with _written(entry.parent):
+            writer.close()
+            index = {"kept": kept, "skipped": skipped, "columns": writer.facts()}
+            (work / INDEX).write_text(json.dumps(index), encoding="utf-8")
+            try:
+                os.rename(work, entry)
+            except OSError:
+                if not (entry / INDEX).is_file():
+                    raise
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # what a full disk kept back is tried once more
+            writer.close()
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """What cannot be written to the cache is said as that, whatever reading does meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        raise SiteRefusal("no-cache", f"{folder}: cannot write the image cache: {error.strerror}") from None

@@ -44,7 +44,7 @@ def prune(folder: Path, limit: float, keep: Path) -> None:
         if total <= limit:
             break
         if entry.path != keep:
-            _remove(entry.path)
+            remove(entry.path)
             total -= entry.bytes
     for left in folder.glob(f"{WRITING}*"):
         with suppress(OSError):
@@ -61,7 +61,7 @@ def _entries(folder: Path) -> Iterator[_Entry]:
             yield _Entry(used, index.parent, sum(file.stat().st_size for file in index.parent.iterdir()))
 
 
-def _remove(entry: Path) -> None:
+def remove(entry: Path) -> None:
     """Out of the way first, so that an entry is whole or not there: who opens it at this moment decodes anew."""
     aside = entry.with_name(f"{WRITING}{entry.name}-{os.getpid()}")
     with suppress(OSError):

@@ -13,4 +13,5 @@ def stamp(path: Path) -> str:
         status = path.stat()
     except OSError:
         return "absent"
-    return f"{status.st_size} {status.st_mtime_ns}"
+    # A file put back with its old time of change (cp -p, rsync -t) has a new time of its own entry.
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,8 +22,14 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg
 
+import simulations.pool
+from server.admission import Place
+from server.wire import Line
+from shared.config import Job
 from simulations.engine import LocalGrid
 from simulations.pool import WorkerPool
+from simulations.waiting import Reply
+from tests.conftest import ROOT
 
 app = ClientApp()
 
@@ -90,6 +101,131 @@ def test_a_dead_worker_fails_its_message_only_and_is_replaced(pool: WorkerPool) 
     assert replies[2].error.code == ErrorCode.CLIENT_APP_CRASHED
     again = list(grid.send_and_receive(messages(grid, slow=1, seconds=0.3)))
     assert len({reply.content["metrics"]["pid"] for reply in again}) == 2
+
+
+def failing_start(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(device: str) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(pool, "_start", start)
+
+
+def test_where_no_worker_can_be_started_the_others_go_on(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_start(pool, monkeypatch)
+    grid = grid_of(pool, 6)
+    replies = list(grid.send_and_receive(messages(grid, dies=3)))
+    assert [reply.has_error() for reply in replies] == [False, False, True, False, False, False]
+    assert pool.size == 1
+
+
+def test_with_no_worker_left_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with WorkerPool(app, 1) as pool:
+        failing_start(pool, monkeypatch)
+        grid = grid_of(pool, 5)
+        started = time.monotonic()
+        replies = list(grid.send_and_receive(messages(grid, dies=1), timeout=3600))
+        assert all(reply.error.code == ErrorCode.CLIENT_APP_CRASHED for reply in replies)
+        names = list(grid.push_messages(messages(grid)))
+        assert [reply.has_error() for reply in grid.pull_messages(names)] == [True] * 5
+        assert time.monotonic() - started < 20
+
+
+def test_workers_that_die_without_a_message_are_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulations.pool, "work", lambda *_: os._exit(1))
+    with WorkerPool(app, 2) as pool:
+        deadline = time.monotonic() + 60
+        while pool.size and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not pool.size
+        grid = grid_of(pool, 2)
+        names = list(grid.push_messages(messages(grid)))
+        assert len(list(grid.pull_messages(names))) == 2
+
+
+def test_a_worker_given_up_on_as_it_answers_gets_no_other_message(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply lies in the pipe already when it is killed: whoever came next would die with it."""
+    grid, receive = grid_of(pool, 6), pool._receive
+    given_up: list[str] = []
+
+    def late(worker: Any) -> None:
+        if worker.task and not given_up:
+            given_up.append(worker.task.message.metadata.message_id)
+            pool.abandon(worker.task.future)
+            worker.process.join()
+        receive(worker)
+
+    monkeypatch.setattr(pool, "_receive", late)
+    names = list(grid.push_messages(messages(grid)))
+    found: dict[str, Message] = {}
+    deadline = time.monotonic() + 60
+    while len(found) < 5 and time.monotonic() < deadline:
+        found |= {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(names)}
+        time.sleep(0.01)
+    others = set(names) - set(given_up)
+    assert others <= found.keys()
+    assert not any(found[name].has_error() for name in others)
+
+
+@pytest.mark.parametrize(("found", "spoilt", "forked"), [(0, True, True), (1, False, True), (2, True, False)])
+def test_a_worker_is_forked_unless_cuda_was_asked_before(
+    found: int, spoilt: bool, forked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: spoilt)  # what torch says in a child
+    assert simulations.pool._forkable() is forked
+
+
+def test_a_worker_may_open_as_many_files_as_the_system_allows() -> None:
+    code = (
+        "import resource; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
+        "from simulations.worker import open_many_files; open_many_files(); open_many_files()\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    soft, hard = map(int, done.stdout.split())
+    assert soft == min(hard, 1 << 16) if hard >= 0 else 1 << 16
+
+
+class Given(Reply):
+    """A reply that is there; notes whether the one before it is gone when it is asked for."""
+
+    def __init__(self, message: Message, before: list[weakref.ref[Message]], alive: list[bool]) -> None:
+        super().__init__()
+        self.message, self.before, self.alive = message, before, alive
+
+    def within(self, seconds: float | None) -> Any:
+        self.alive += [one() is not None for one in self.before]
+        reply = Message(RecordDict(), reply_to=self.message)
+        self.before.append(weakref.ref(reply))
+        return reply, RecordDict()
+
+
+def test_a_reply_that_was_used_is_gone_before_the_next_one_is_waited_for(tiny_job: Job) -> None:
+    """Else the server holds one model more than it must."""
+    before: list[weakref.ref[Message]] = []
+    alive: list[bool] = []
+
+    class Pool:
+        size = 1
+
+        def pack(self, content: RecordDict) -> RecordDict:
+            return content
+
+        def submit(self, message: Message, *_: object) -> Given:
+            return Given(message, before, alive)
+
+        def abandon(self, future: Reply) -> None: ...
+
+    grid = LocalGrid(Pool(), [{}] * 4, {})  # type: ignore[arg-type]
+    places = [Place(node, f"s{node}", {"train": 4}, [], 0) for node in grid.get_node_ids()]
+    for _, reply in Line(tiny_job).exchange(grid, "train", RecordDict(), places, 1):
+        assert reply is not None
+        del reply
+    assert len(before) == 4
+    assert not any(alive)
 
 
 def test_an_exception_becomes_an_error_reply_without_its_text(pool: WorkerPool) -> None:

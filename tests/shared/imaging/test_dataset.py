@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,49 @@ def test_two_processes_that_decode_at_once_both_get_it_right(site: SiteData, job
     data = load_dataset(samples_of(), site, job)
     assert answers == [str(pixels(data).astype(int).sum((1, 2, 3)).tolist())] * 2
     assert [path.name[0] != "." for path in (site.root / ".consilium" / "cache").iterdir()] == [True]
+
+
+def test_a_file_put_back_with_its_old_time_is_decoded_anew(site: SiteData, job: Job) -> None:
+    """As ``cp -p`` and ``rsync -t`` do: the same name, the same size, the same time of change."""
+    data, path = load_dataset(samples_of(), site, job), site.root / "new.png"
+    before = (site.root / "5.png").stat()
+    grey = np.asarray(Image.open(site.root / "5.png"))
+    Image.fromarray(grey[::-1].copy()).save(path)
+    path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0")[: before.st_size])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(path, site.root / "5.png")
+    after = (site.root / "5.png").stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert not np.array_equal(pixels(load_dataset(samples_of(), site, job)), pixels(data))
+
+
+@pytest.mark.parametrize("how", ["no index", "half an index", "another index", "no pixels", "fewer pixels"])
+def test_an_entry_that_a_power_cut_left_in_part_is_made_anew(site: SiteData, job: Job, how: str) -> None:
+    expected = pixels(load_dataset(samples_of(), site, job)).copy()
+    (entry,) = (site.root / ".consilium" / "cache").iterdir()
+    index, raw = entry / "index.json", entry / "image.raw"
+    if how == "another index":
+        index.write_text("[]")
+    elif "index" in how:
+        index.write_text(index.read_text()[: 0 if how == "no index" else 40])
+    else:
+        raw.write_bytes(raw.read_bytes()[: 0 if how == "no pixels" else -288])
+    assert np.array_equal(pixels(load_dataset(samples_of(), site, job)), expected)
+    assert np.array_equal(pixels(load_dataset(samples_of(), site, job)), expected)
+
+
+def test_a_disk_without_room_is_said_and_leaves_nothing(site: SiteData, job: Job) -> None:
+    """No file may grow beyond 600 bytes; the images' take 1,728."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        with pytest.raises(SiteRefusal, match="cannot write the image cache: File too large") as caught:
+            load_dataset(samples_of(), site, job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.code == "no-cache"
+    assert not list((site.root / ".consilium" / "cache").iterdir())
+    assert len(load_dataset(samples_of(), site, job)) == 6
 
 
 def test_unreadable_images_are_left_out_and_listed(site: SiteData, job: Job) -> None:
