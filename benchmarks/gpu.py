@@ -25,7 +25,7 @@ from torch import nn
 
 from shared.cases import Sample
 from shared.config import Job, job_from_flat
-from shared.devices import autocast
+from shared.devices import autocast, tuned
 from shared.imaging.dataset import Dataset
 from shared.tasks import load_task
 from shared.training import make_optimizer, pick_device, put_on, set_mode, train
@@ -112,14 +112,15 @@ def by_hand(which: Case, model: nn.Module, steps: int) -> None:
     optimizer = make_optimizer(model, job, which.task.parts(job))
     set_mode(model, job)
     weights, size = [1.0] * len(job.classes), job.train.batch_size
-    for step in range(steps):
-        chosen = [k % len(which.data) for k in range(step * size, (step + 1) * size)]
-        batch = which.task.batch(which.data, chosen, job, device, train=True)
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(device, job):
-            loss = which.task.step(model, batch, job, weights)
-        loss.backward()
-        optimizer.step()
+    with tuned(device, job):  # the same kernels as ours
+        for step in range(steps):
+            chosen = [k % len(which.data) for k in range(step * size, (step + 1) * size)]
+            batch = which.task.batch(which.data, chosen, job, device, train=True)
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(device, job):
+                loss = which.task.step(model, batch, job, weights)
+            loss.backward()
+            optimizer.step()
 
 
 def private(which: Case, model: nn.Module, steps: int) -> None:

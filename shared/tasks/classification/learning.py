@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shared.composed import count_missing, flagged
 from shared.config import Job
+from shared.devices import to_device
 from shared.imaging.dataset import Dataset
 from shared.tasks import Sums
 from shared.tasks.classification.data import Batch, batch
@@ -29,13 +30,13 @@ def loss_of_logits(
     logits: Tensor, targets: Sequence[tuple[int, ...]], job: Job, class_weights: Sequence[float]
 ) -> Tensor:
     """The mean over the images of their weighted loss, from logits (b, classes)."""
-    weights = torch.tensor(class_weights, dtype=logits.dtype, device=logits.device)
+    weights = to_device(torch.tensor(class_weights, dtype=logits.dtype), logits.device)
     if job.data.multilabel:
-        wanted = many_hot(targets, len(job.classes)).to(logits)
+        wanted = to_device(many_hot(targets, len(job.classes)).to(logits.dtype), logits.device)
         losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         weights = torch.where(wanted > 0, weights, 1.0)
     else:
-        index = torch.tensor([target[0] for target in targets], device=logits.device)
+        index = to_device(torch.tensor([target[0] for target in targets]), logits.device)
         losses = F.cross_entropy(logits, index, reduction="none")
         weights = weights[index]
     return (losses * weights).mean()  # another loss is made of ``losses`` just above: docs/extending.md
