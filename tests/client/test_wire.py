@@ -260,9 +260,14 @@ def test_words_beside_a_coded_change_do_not_leave(job: Job, three_sites: Path) -
 
 def test_under_dp_the_change_is_coded_after_the_noise(job: Job, three_sites: Path) -> None:
     """What leaves is made of the noised model and of what earlier rounds left of theirs: post-processing."""
-    private = job.replace(privacy__dp="local", privacy__noise_multiplier=1.0, train__class_weights="none")
-    model = start(private)
-    reply = whole(three_sites / "a", private, model, 0)
-    assert reply["status"]["code"] == ""
-    assert reply["metrics"]["epsilon"] > 0
-    assert norm(model, reached(reply, model, private)) > 0
+    moved = []
+    for noise in (1.0, 100.0):  # a hundred times the noise, so nearly all of what is coded is a hundred times as much
+        private = job.replace(
+            privacy__dp="local", privacy__noise_multiplier=noise, train__class_weights="none", train__optimizer="sgd"
+        )
+        model = start(private)
+        reply = whole(three_sites / "a", private, model, 0)
+        assert reply["status"]["code"] == ""
+        assert reply["metrics"]["epsilon"] > 0
+        moved.append(norm(model, reached(reply, model, private)))
+    assert 50 < moved[1] / moved[0] < 200
