@@ -111,8 +111,12 @@ class Found:
         """The figure by which the methods of a setting are compared: ``value``, on all test images, or, where one of
         them ends with a model for each site, ``mean``, each site's on its own images: scores of different models have
         no common order, and over all sites they show who sees which classes rather than who tells them apart."""
-        jobs = [job for (name, _), job in self.jobs.items() if name == setting]
-        return "mean" if any(map(keeps_own, jobs)) else "value"
+        methods = [method for name, method in self.jobs if name == setting]
+        return "mean" if any(self.own_models(setting, method) for method in methods) else "value"
+
+    def own_models(self, setting: str, method: str) -> bool:
+        """Whether a method ends with a model for each site."""
+        return (job := self.jobs.get((setting, method))) is not None and keeps_own(job)
 
     def compared(self, setting: str, method: str) -> dict[int, float]:
         """That figure of a method, by seed."""

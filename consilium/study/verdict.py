@@ -116,7 +116,11 @@ def _verdict(found: Found, setting: str, level: str, methods: Sequence[str], pla
 
 
 def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tuple[str, str]:
-    """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen."""
+    """The method with the best mean validation figure, among those with the most seeds; and by what it was chosen.
+
+    One that leaves each hospital a model of its own must be shown to be better than the best that ends with one for
+    all: hospitals whose validation images give no figure do not count in this, and lose most by a model of their own.
+    """
     ways = [("validation", "by validation"), ("value", "by the test images, for there is no validation")]
     if found.compared_by(setting) == "mean":
         ways.insert(0, ("at_sites", "by validation within each hospital"))
@@ -125,7 +129,12 @@ def _choose(found: Found, setting: str, methods: Sequence[str], sign: int) -> tu
         most = max(map(len, values.values()))
         if most:
             means = {method: spread(list(own.values())).mean for method, own in values.items() if len(own) == most}
-            return max(means, key=lambda method: sign * means[method]), how
+            order = sorted(means, key=lambda method: -sign * means[method])
+            common = next((method for method in order if not found.own_models(setting, method)), order[0])
+            gap = paired(values[order[0]], values[common], sign)
+            if what != "at_sites" or common == order[0] or gap.above or gap.n < 2:
+                return order[0], how
+            return common, f"one model for all; {how} {order[0]} is not shown to be better"
     return methods[0], "the first, for none has a figure"
 
 

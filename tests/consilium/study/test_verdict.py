@@ -90,6 +90,28 @@ def test_sites_that_keep_parts_are_compared_within_each_since_their_scores_have_
     assert "common is best (by validation within each hospital, 4 seeds)" in one.lines[0]
 
 
+def test_models_of_their_own_must_be_shown_to_be_better_than_one_for_all() -> None:
+    better = [{"north": 0.95, "south": 0.95}] * 4
+    firmly, barely = (0.97, 0.98, 0.97, 0.98), (0.96, 0.94, 0.97, 0.94)
+
+    def chosen(validation: tuple[float, ...], seeds: int = 4) -> Verdict:
+        own = [replace(row, at_sites=value) for row, value in zip(rows("own", better), validation, strict=True)]
+        case = found(
+            rows("common", better, at_sites=0.95)[:seeds], rows("worse", better, at_sites=0.9)[:seeds], own[:seeds]
+        )
+        own_jobs = {(SETTING, "own"): Job().replace(federation__local="norm")}
+        return verdicts(replace(case, jobs={(SETTING, "common"): Job(), (SETTING, "worse"): Job()} | own_jobs))[0]
+
+    assert chosen(firmly).method == "own"
+    one = chosen(barely)
+    assert one.method == "common"
+    words = (
+        "common is best (one model for all; by validation within each hospital own is not shown to be better, 4 seeds)"
+    )
+    assert one.lines[0].startswith(words)
+    assert chosen(barely, seeds=1).method == "own", "of one seed nothing is known but the figure"
+
+
 def test_what_is_said_of_sites_own_models_is_of_each_on_its_own_images() -> None:
     """Over all images their scores, which have no common order, look poor; in every hospital they are the best."""
     case = found(
