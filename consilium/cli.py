@@ -99,6 +99,7 @@ def commands() -> None:
 @click.option("--seed", type=int, help="Shorthand for --set seed=N.")
 @click.option("--heldout", type=Path, help="site.toml of images the server itself holds, to be evaluated on as well.")
 @click.option("--store", default="", envvar="CONSILIUM_STORE", help=STORE_HELP)
+@click.option("--cache", type=Path, help="Folder for decoded images, for runs to share.  [default: within --out]")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the job; repeatable."
 )

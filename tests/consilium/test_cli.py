@@ -101,6 +101,26 @@ def broken(kind: str, sites: Path) -> tuple[list[str], str]:
     raise AssertionError(kind)
 
 
+def test_runs_share_decoded_images_where_they_are_told_to(
+    job_file: Path,
+    three_sites: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, cache = tmp_path / "described by nobody", tmp_path / "decoded"
+    shutil.copytree(three_sites, data, ignore=shutil.ignore_patterns("site.toml", ".consilium"))
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for out in ("one", "two"):
+        code, _, errors = called(capsys, "simulate", job_file, "--data", data, "--out", out, "--cache", cache)
+        assert (code, errors) == (0, "")
+        made.append({path: path.stat().st_ctime_ns for path in cache.rglob("image.raw")})
+        assert not list((tmp_path / out).rglob("*.raw"))
+    assert len(made[0]) == 3
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize(
     "kind",
     [
