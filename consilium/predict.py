@@ -146,7 +146,8 @@ def filled_whole(out: Path, mark: str, what: str) -> Iterator[Path]:
     except OSError as error:  # a full disk
         raise UserError(f"--out {out}: cannot write there: {error.strerror or error}") from None
     except SiteRefusal as refusal:
-        raise UserError(str(refusal)) from None
+        where = f"--out {out}: cannot write there: " if refusal.code == "no-cache" else ""  # the cache lies in it
+        raise UserError(f"{where}{refusal}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if not any(out.iterdir()):

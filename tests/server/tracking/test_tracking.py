@@ -163,7 +163,7 @@ def test_prometheus_parser_reads_the_figures_of_the_store(client: TestClient, fi
     assert figures["test", "b"] == result["sites"]["b"]["auroc"]
     assert [one.value for one in families["consilium_run_round"]] == [2]
     assert {one.labels["status"]: one.value for one in families["consilium_runs"]} == {
-        "running": 0, "finished": 1, "failed": 0,
+        "running": 0, "finished": 1, "failed": 0, "stopped": 0,
     }  # fmt: skip
     spent = {one.labels["part"]: one.value for one in families["consilium_run_time_seconds"]}
     assert spent == pytest.approx(result["time"], abs=0.01)
