@@ -5,7 +5,8 @@ writer may hold it for seconds; Flower 1.41 gives up after 5 s with an error 500
 that error is taken for dead. Flower has no setting for it.
 
 Models pass through that file in pieces of 5 MB, are there for a round and are deleted. As SQLite comes, each piece is
-copied from the log to the database by itself, and on Debian what is deleted is first overwritten with zeros.
+copied from the log to the database by itself. That what is deleted is overwritten with zeros, where the system's SQLite
+does so, takes time, too, and stays: the models of single sites lie nowhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ PATIENCE = 25.0  # seconds; less than the 30 after which Flower's programs take 
 PRAGMAS = {
     "busy_timeout": str(round(1000 * PATIENCE)),  # for another writer
     "wal_autocheckpoint": "16384",  # pages: 64 MB of log, not 4, are copied at once, which halves what a piece takes
-    "secure_delete": "OFF",  # the models lie in the run folders anyway
 }
 
 

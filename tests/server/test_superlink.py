@@ -65,4 +65,4 @@ def test_the_database_is_opened_as_large_models_need_it(tmp_path: Path, monkeypa
     with store.session() as session:
         found = {name: session.execute(text(f"PRAGMA {name}")).scalar() for name in superlink.PRAGMAS}
         assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
-    assert found == {"busy_timeout": 25000, "wal_autocheckpoint": 16384, "secure_delete": 0}
+    assert found == {"busy_timeout": 25000, "wal_autocheckpoint": 16384}
