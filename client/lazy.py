@@ -88,10 +88,7 @@ def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """A record of tensors on the CPU that nobody else has or writes to: where arrays are lazy they become its own."""
     if not installed():
         return ArrayRecord(dict(tensors))
-    record = ArrayRecord()
-    for name, tensor in tensors.items():
-        record[name] = array_of(Kept(np.array(tensor.numpy(), order="C", copy=None)))
-    return record
+    return record({name: array_of(Kept(np.array(one.numpy(), order="C", copy=None))) for name, one in tensors.items()})
 
 
 def record(arrays: Mapping[str, Array]) -> ArrayRecord:

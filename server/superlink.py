@@ -19,7 +19,7 @@ from flwr.superlink.cli import flower_superlink
 PATIENCE = 25.0  # seconds; less than the 30 after which Flower's programs take a question for unanswered
 PRAGMAS = {
     "busy_timeout": str(round(1000 * PATIENCE)),  # for another writer
-    "wal_autocheckpoint": "16384",  # pages: 64 MB of log, not 4, are copied at once, which halves what a piece takes
+    "wal_autocheckpoint": "16384",  # pages: 64 MB of log, not 4, are copied at once: a third less time
 }
 
 

@@ -118,7 +118,8 @@ class Job:
 
     def replace(self, **changes: Scalar) -> Job:
         """A validated copy; keys are written with two underscores: ``train__local_steps=3``."""
-        return job_from_flat(self.flat() | {key.replace("__", "."): value for key, value in changes.items()})
+        over = {key.replace("__", "."): value for key, value in changes.items()}
+        return job_from_flat(set_over(self.flat(), over, knobs()))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -346,4 +347,4 @@ def load_job(path: Path | str, overrides: Iterable[str] = ()) -> Job:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     over = dict(parse_override(text) for text in overrides)
-    return job_from_flat({"name": path.stem} | set_over(flat, over, {k: item.default for k, item in knobs().items()}))
+    return job_from_flat({"name": path.stem} | set_over(flat, over, knobs()))

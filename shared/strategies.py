@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError
@@ -135,24 +135,24 @@ def resolve(name: str, flat: Mapping[str, Value], defaults: Mapping[str, Value])
     return chosen
 
 
-def set_over(file: Mapping[str, Any], over: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A job file's settings with what is set over them. A strategy that is set over another takes the place of what
-    that one stands for.
+def set_over(job: Mapping[str, Any], over: Mapping[str, Any], known: Mapping[str, Field[Any]]) -> dict[str, Any]:
+    """A job's settings with what is set over them; ``known`` are all settings, with their defaults. A strategy that is
+    set over another takes the place of what that one stands for.
 
     Raises:
-        UserError: a setting is set over the file to its default, which the strategy would change unseen.
+        UserError: a setting is set over the job to its default, which the strategy would change unseen.
     """
     key = "federation.strategy"
-    before = str(file.get(key, ""))
+    before = str(job.get(key, ""))
     name = str(over.get(key, before))
     theirs = STRATEGIES.get(before, {}) if name != before else {}
     for setting, value in STRATEGIES.get(name, {}).items():
-        if setting in over and over[setting] == defaults[setting] != value:
+        if setting in over and over[setting] == known[setting].default != value:
             raise UserError(
                 f"{setting} = {json.dumps(over[setting])}: {name} stands for {json.dumps(value)}; "
                 "set another strategy, or leave this out"
             )
-    return {setting: value for setting, value in file.items() if theirs.get(setting, ...) != value} | dict(over)
+    return {setting: value for setting, value in job.items() if theirs.get(setting, ...) != value} | dict(over)
 
 
 def in_words(federation: Federation) -> str:

@@ -43,6 +43,7 @@ def test_a_strategy_set_over_a_runs_own_file_is_that_strategy(before: str, after
     resolved = job_from_flat(base | {"federation.strategy": before}).toml()
     found = read_with(tmp_path, resolved, f"federation.strategy={after}")
     assert found == job_from_flat(base | {"federation.strategy": after})
+    assert found == job_from_flat(base | {"federation.strategy": before}).replace(federation__strategy=after)
 
 
 def test_what_the_file_sets_beside_its_strategy_stays(tmp_path: Path) -> None:
